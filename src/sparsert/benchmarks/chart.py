@@ -1,0 +1,165 @@
+"""The bar chart of speed-ups over the problems, as PNG or SVG (matplotlib is imported on use)."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from ..errors import MissingDependencyError, UnsupportedError
+from .baselines import BASELINES
+from .report import ALL_GROUPS, DENSE, Report, Row
+
+SUFFIXES = (".png", ".svg")
+# Falling luminance tells the bars apart in grey; hatches tell peers from ours.
+OURS = (("#0b3c5d", ""), ("#5b9bd5", ""), ("#2a7f62", ""))
+PEERS = {"mkl": ("#a9b1ba", ""), "torch_csr": ("#cdd3d9", "///"), "scipy": ("#f0f2f4", "...")}
+
+
+class Slot:
+    """A place on the x axis: a problem or a geometric mean, with a value for each series."""
+
+    def __init__(self, label: str, sub: str, values: dict[str, float], is_mean: bool) -> None:
+        self.label, self.sub, self.values, self.is_mean = label, sub, values, is_mean
+
+
+def outputs(path: Path) -> list[Path]:
+    """The files a ``--figure`` argument stands for: itself, or both formats where it has no suffix.
+
+    Raises:
+        UnsupportedError: the suffix is neither .png nor .svg.
+        MissingDependencyError: matplotlib is not installed.
+    """
+    if path.suffix and path.suffix not in SUFFIXES:
+        raise UnsupportedError(f"a chart cannot be written as {path.suffix}", where=str(path),
+                               hint="Use .png, .svg, or no suffix for both.")  # fmt: skip
+    if find_spec("matplotlib") is None:
+        raise MissingDependencyError("charts need matplotlib", where="figure", hint="pip install matplotlib")
+    return [path] if path.suffix else [path.with_name(path.name + suffix) for suffix in SUFFIXES]
+
+
+def draw(report: Report, path: Path) -> list[Path]:
+    """Write the chart and return the files.
+
+    Raises:
+        UnsupportedError: the report has no dense figure to compare with, or an unknown suffix is asked for.
+        MissingDependencyError: matplotlib is not installed.
+    """
+    files = outputs(path)
+    series = [*report.columns(), *(name for name in PEERS if name in report.peers())]
+    groups = slots(report, series)
+    if not any(slot.values for group in groups for slot in group):
+        raise UnsupportedError("there is no dense figure to draw speed-ups over", where="figure",
+                               hint="Measure a dense baseline too, such as --baseline numpy.")  # fmt: skip
+    matplotlib: Any = import_module("matplotlib")
+    figure_class: Any = import_module("matplotlib.figure").Figure
+    with matplotlib.rc_context(
+        {"svg.hashsalt": "sparsert", "svg.fonttype": "none", "font.size": 9, "hatch.linewidth": 0.5}
+    ):
+        figure = _figure(figure_class, report, series, groups)
+        for file in files:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            metadata = {"Date": None} if file.suffix == ".svg" else {}
+            figure.savefig(file, dpi=150, metadata=metadata)
+    return files
+
+
+def slots(report: Report, series: list[str]) -> list[list[Slot]]:
+    """The bars of every group, its geometric mean last; lone problems share one mean over all."""
+    groups = []
+    for name in report.groups():
+        rows = [row for row in report.rows if row.group == name]
+        group = [_slot(row, series) for row in rows]
+        if len(rows) > 1:
+            group.append(_mean(report, name, "geometric mean", name if len(report.groups()) > 1 else "", series))
+        groups.append(group)
+    if len(groups) > 1:
+        groups.append([_mean(report, ALL_GROUPS, "geometric mean", "of all", series)])
+    return groups
+
+
+def _slot(row: Row, series: list[str]) -> Slot:
+    dense = row.fastest_dense
+    winner = f"{BASELINES[dense.baseline].title} {dense.form}" if dense and dense.baseline in BASELINES else ""
+    ratios = {name: row.ratio(name, DENSE) for name in series}
+    return Slot(row.name + ("*" if row.note else ""), winner, {n: r.median for n, r in ratios.items() if r}, False)
+
+
+def _mean(report: Report, group: str, label: str, sub: str, series: list[str]) -> Slot:
+    means = {name: report.mean(group, name) for name in series}
+    return Slot(label, sub, {name: mean.value for name, mean in means.items() if mean}, True)
+
+
+def _figure(figure_class: Any, report: Report, series: list[str], groups: list[list[Slot]]) -> Any:
+    count = sum(len(group) for group in groups)
+    crowded = count > 16
+    width = min(max(7.0, count * (0.3 + 0.07 * len(series)) * (0.85 if crowded else 1.1) + 2.0), 40.0)
+    figure = figure_class(figsize=(width, 5.6), layout="constrained")
+    axes = figure.add_subplot()
+    bar = 0.82 / max(len(series), 1)
+    position, ticks, labels = 0.0, [], []
+    for group in groups:
+        for slot in group:
+            position += 0.35 if slot.is_mean else 0.0
+            for index, name in enumerate(series):
+                if name in slot.values:
+                    _bar(
+                        axes,
+                        position + (index - (len(series) - 1) / 2) * bar,
+                        bar,
+                        slot,
+                        name,
+                        report.columns(),
+                        crowded,
+                    )
+            ticks.append(position)
+            labels.append(slot)
+            position += 1.0
+        position += 0.6
+    axes.axhline(1.0, color="black", linewidth=1.0, zorder=3)
+    axes.annotate(f"1x: {report.dense_label}".replace(" ", "\n", 2), (1.0, 1.0), (3, 0), textcoords="offset points",
+                  xycoords=axes.get_yaxis_transform(), va="center", fontsize=8)  # fmt: skip
+    axes.set_xticks(ticks, [f"{slot.label}\n{slot.sub}" if slot.sub else slot.label for slot in labels],
+                    rotation=60 if count > 4 else 0, ha="right" if count > 4 else "center", rotation_mode="anchor",
+                    fontsize=7 if crowded else 8, linespacing=1.1)  # fmt: skip
+    for text, slot in zip(axes.get_xticklabels(), labels, strict=True):
+        text.set_fontweight("bold" if slot.is_mean else "normal")
+    axes.set_xlim(ticks[0] - 0.8, ticks[-1] + 0.8)
+    axes.set_ylim(0, 1.12 * max(value for slot in labels for value in slot.values.values()))
+    axes.set_ylabel(f"speed-up over {report.dense_label}")
+    axes.grid(axis="y", color="#d9d9d9", linewidth=0.6, zorder=0)
+    axes.set_axisbelow(True)
+    axes.tick_params(axis="x", length=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    handles: dict[str, Any] = {}
+    for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+        handles.setdefault(label, handle)
+    figure.legend(
+        handles.values(), handles.keys(), loc="outside upper left", ncols=len(handles), frameon=False, fontsize=8
+    )
+    axes.set_title(_title(report), fontsize=8.5, loc="left", color="#333333")
+    return figure
+
+
+def _bar(axes: Any, x: float, width: float, slot: Slot, name: str, ours: list[str], crowded: bool) -> None:
+    mine = name in ours
+    color, hatch = OURS[ours.index(name) % len(OURS)] if mine else PEERS[name]
+    label = name if mine else BASELINES[name].title
+    value = slot.values[name]
+    axes.bar(x, value, 0.94 * width, color=color, hatch=hatch, edgecolor="#30363c", zorder=2, label=label,
+             linewidth=0.9 if slot.is_mean else 0.4)  # fmt: skip
+    if mine:
+        axes.annotate(f"{value:.1f}", (x, value), (0, 2), textcoords="offset points", ha="center", va="bottom",
+                      rotation=90 if crowded or width < 0.3 else 0, fontsize=6.5 if crowded else 7.5, zorder=4,
+                      fontweight="bold" if slot.is_mean else "normal")  # fmt: skip
+
+
+def _title(report: Report) -> str:
+    head = report.environment
+    threads = head.get("threads", 1)
+    notes = "; ".join(dict.fromkeys(row.note for row in report.rows if row.note))
+    line = (
+        f"fp32, {threads} thread{'s' if threads != 1 else ''}, {head.get('cpu', '')}, target {head.get('target', '')}"
+    )
+    return line + (f"\n* {notes}" if notes else "")

@@ -1,0 +1,57 @@
+"""SparseRT's own columns of a benchmark: row-major, tile-major and linear, on one target."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from .peers import Bound, Form, Layer
+
+ROW_MAJOR = ""  # the plain column is just "sparsert"
+TILE_MAJOR = "tile-major"
+
+
+def sparsert_forms(threads: int, target: str = "native") -> list[Form]:
+    """``op(x, out=y)`` in the user's own NumPy memory, and between tile-major buffers as inside a network.
+
+    Both add the layer's bias where it has one, which the peers are not asked to do.
+    """
+
+    def matmul(layer: Layer, layout: str) -> Bound:
+        from ..compiler import compile_matmul
+
+        start = time.perf_counter()
+        op = compile_matmul(layer.sparse, layer.bias, target=target, threads=threads, layout=layout)
+        return _bound(op, layer, time.perf_counter() - start)
+
+    def linear(layer: Layer) -> Bound:
+        from ..compiler import compile_linear
+
+        start = time.perf_counter()
+        op = compile_linear(layer.sparse, layer.bias, target=target, threads=threads)
+        return _bound(op, layer, time.perf_counter() - start)
+
+    return [
+        Form(
+            ROW_MAJOR,
+            "kn",
+            lambda layer: matmul(layer, "row_major"),
+            "ours",
+            aligned=False,
+            adds_bias=True,
+            kinds=("matmul",),
+        ),
+        Form(TILE_MAJOR, "tiles", lambda layer: matmul(layer, "tile_major"), "ours", adds_bias=True, kinds=("matmul",)),
+        Form(ROW_MAJOR, "nk", linear, "ours", aligned=False, adds_bias=True, kinds=("linear",)),
+    ]
+
+
+def _bound(op: Any, layer: Layer, compile_seconds: float) -> Bound:
+    x, y = layer.x, layer.y
+    stats = op.stats
+    facts = {"compile_seconds": round(compile_seconds, 6), "schedule": str(op.schedule)}
+    for name in ("code_bytes", "value_bytes", "bytes_per_nonzero", "fmas_per_load"):
+        value = getattr(stats, name, None)
+        if value is not None:
+            facts[name] = float(value)
+    return Bound(lambda: op(x, out=y), facts)

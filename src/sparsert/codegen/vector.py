@@ -1,0 +1,168 @@
+"""The vector vocabulary: a program is a table with one row per operation, held as NumPy columns.
+
+Kernels are written once against this vocabulary and name no ISA. Columns:
+
+======  =====================================================================================================
+column  meaning
+======  =====================================================================================================
+op      row of :data:`OPS`
+d a b   registers: vector registers for vector operations, :class:`S` numbers for scalar ones; a negative ``b``
+        is constant ``-1 - b`` of the program's constant pool (a whole vector)
+ptr     the scalar register a memory operand starts from
+step    how many pitches of that pointer are added (row-major arrays, whose pitch is known at run time)
+disp    bytes added (memory operands), the immediate, or the label
+======  =====================================================================================================
+
+The meaning of every operation is executable Python (:mod:`sparsert.codegen.interpreter`): the oracle of every ISA.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import InternalError
+
+TILE = 16  # columns of a tile: one vector of AVX-512, two of AVX2, four of NEON
+TILE_BYTES = 4 * TILE
+
+
+class S(IntEnum):
+    """Scalar registers, by what the kernels keep in them."""
+
+    ARGS = 0  # the argument block of the call
+    X = 1  # input pointer of the current tile
+    W = 2  # packed values
+    Y = 3  # output, residual or partial sums: whatever the current phase reads or writes by rows
+    PX = 4  # pitch of X in bytes, and its multiples: with scales 1, 2, 4, 8 they reach 8 rows
+    PX3 = 5
+    PX5 = 6
+    PX7 = 7
+    PY = 8  # pitch of Y in bytes
+    T = 9  # trip counters
+    K = 10
+    TMP = 11
+    CONST = 12  # the constant pool
+    CODE = 13  # where to prefetch code from
+
+
+PITCH_OF = {S.X: S.PX, S.Y: S.PY}
+"""The register that holds a pointer's pitch."""
+
+
+@dataclass(frozen=True, slots=True)
+class Op:
+    """One operation. ``form`` names the columns in use: ``d``, ``a``, ``b`` registers, ``m`` memory, ``i`` immediate or label."""
+
+    name: str
+    form: str
+    scalar: bool = False
+
+
+def _table() -> tuple[Op, ...]:
+    vector = {
+        "zero": "d", "mov": "da", "load": "dm", "store": "am", "bcast": "dm", "fma_bcast": "dam",
+        "add": "dab", "sub": "dab", "mul": "dab", "div": "dab", "min": "dab", "max": "dab",
+        "bit_and": "dab", "bit_or": "dab", "bit_xor": "dab", "add_i": "dab", "const": "db",
+        "fma_acc": "dab", "fma_mul": "dab", "fnma_acc": "dab", "fnma_mul": "dab",
+        "round": "da", "to_int": "da", "shl": "dai", "select_neg": "dab",
+        "load4": "dm", "insert4": "dmb", "store4": "amb",
+        "zip_lo": "dab", "zip_hi": "dab", "zip2_lo": "dab", "zip2_hi": "dab",
+        "set_mask": "dm", "load_mask": "dm", "store_mask": "am", "prefetch": "m",
+    }  # fmt: skip
+    scalar = {
+        "s_arg": "di", "s_put": "ai", "s_mov": "da", "s_add": "da", "s_sub": "da", "s_addi": "di",
+        "s_set": "di", "s_muli": "dai", "s_min": "da", "s_min_arg": "di", "s_const": "d", "s_code": "di",
+        "label": "i", "align": "i", "jump": "i", "jump_zero": "ai", "loop": "ai", "call": "i", "ret": "",
+        "enter": "", "leave": "",
+    }  # fmt: skip
+    return tuple([Op(n, f) for n, f in vector.items()] + [Op(n, f, True) for n, f in scalar.items()])
+
+
+OPS = _table()
+OP = {op.name: i for i, op in enumerate(OPS)}
+MEMORY = np.array(["m" in op.form for op in OPS])
+
+COLUMNS = {"op": np.uint8, "d": np.int16, "a": np.int16, "b": np.int16, "ptr": np.int8, "step": np.int32, "disp": np.int64}
+_NAMES = tuple(COLUMNS)
+Columns = dict[str, NDArray[Any]]
+
+
+@dataclass
+class Program:
+    """A finished program: its columns, its constants (raw 32-bit patterns, one vector each) and where to look for what."""
+
+    columns: Columns
+    constants: tuple[int, ...]
+    labels: int
+    notes: dict[int, str]  # label -> remark for listings
+
+    def __len__(self) -> int:
+        return int(self.columns["op"].size)
+
+
+@dataclass
+class Builder:
+    """Collects rows; whole arrays at a time where there are many."""
+
+    _chunks: list[tuple[Any, ...]] = field(default_factory=list)
+    _rows: list[tuple[int, ...]] = field(default_factory=list)
+    _constants: dict[int, int] = field(default_factory=dict)
+    _labels: int = 0
+    _notes: dict[int, str] = field(default_factory=dict)
+
+    def emit(self, name: str, d: int = 0, a: int = 0, b: int = 0, ptr: int = 0, step: int = 0, disp: int = 0) -> None:
+        """One row."""
+        self._rows.append((OP[name], d, a, b, ptr, step, disp))
+
+    def emit_many(self, op: Any, n: int, d: Any = 0, a: Any = 0, b: Any = 0, ptr: Any = 0, step: Any = 0, disp: Any = 0) -> None:
+        """``n`` rows at once; every argument is a scalar or an array of ``n``. ``op`` is a name or an array of numbers."""
+        self._flush()
+        if n:
+            self._chunks.append((n, OP[op] if isinstance(op, str) else op, d, a, b, ptr, step, disp))
+
+    def constant(self, bits: int) -> int:
+        """The number of a constant vector with the 32-bit pattern ``bits`` in every lane."""
+        return self._constants.setdefault(bits & 0xFFFFFFFF, len(self._constants))
+
+    def label(self, note: str = "") -> int:
+        """A fresh label; place it with ``place``."""
+        self._labels += 1
+        if note:
+            self._notes[self._labels - 1] = note
+        return self._labels - 1
+
+    def place(self, label: int) -> None:
+        self.emit("label", disp=label)
+
+    def finish(self) -> Program:
+        self._flush()
+        counts = [chunk[0] for chunk in self._chunks]
+        total = sum(counts)
+        columns: Columns = {}
+        for i, name in enumerate(_NAMES):
+            column = np.empty(total, COLUMNS[name])
+            at = 0
+            for count, chunk in zip(counts, self._chunks, strict=True):
+                column[at : at + count] = chunk[i + 1]
+                at += count
+            columns[name] = column
+        return Program(columns, tuple(self._constants), self._labels, dict(self._notes))
+
+    def _flush(self) -> None:
+        if self._rows:
+            rows = np.array(self._rows, np.int64)
+            self._chunks.append((len(rows), *rows.T))
+            self._rows = []
+
+
+def check(program: Program) -> None:
+    """Raise InternalError where a label is missing or placed twice."""
+    op, disp = program.columns["op"], program.columns["disp"]
+    placed = np.sort(disp[op == OP["label"]])
+    if not np.array_equal(placed, np.arange(program.labels)):
+        raise InternalError("labels of a vector program are not placed exactly once")

@@ -1,0 +1,95 @@
+"""Vector program in, code object or listing out."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..codeobject import CodeObject
+from ..vector import TILE, TILE_BYTES, Program
+from .encoder import EVEX128, EVEX512, LEGACY, RIP, VEX128, VEX256, encode
+from .lower import lower
+from .table import ALIGN, LABEL, NAMES, ROWS, Tuple
+
+ENCODINGS = {"x86-avx512": EVEX512, "x86-avx2": VEX256}
+
+
+def assemble(program: Program, isa: str) -> CodeObject:
+    instructions, _ = lower(program, ENCODINGS[isa])
+    encoded = encode(instructions, program.labels)
+    pool = np.repeat(np.array(program.constants, "<u4"), TILE).tobytes()
+    return CodeObject(isa, encoded.code.tobytes() + pool, encoded.code.size, int(instructions["row"].size))
+
+
+def listing(program: Program, isa: str) -> str:
+    """Offset, bytes and instruction in Intel syntax, a line each, with the kernel's remarks at the labels."""
+    c, _ = lower(program, ENCODINGS[isa])
+    encoded = encode(c, program.labels)
+    raw, size = encoded.code.tobytes(), encoded.code.size
+    lines: list[str] = []
+    columns = {name: column.tolist() for name, column in c.items()}
+    offsets = encoded.offsets.tolist()
+    for i, number in enumerate(columns["row"]):
+        if number == LABEL:
+            label = columns["imm"][i]
+            note = program.notes.get(label, "")
+            lines.append(f"L{label}:" + (f"  ; {note}" if note else ""))
+        elif number == ALIGN:
+            if offsets[i + 1] > offsets[i]:
+                lines.append(f"{offsets[i]:8x}  {raw[offsets[i] : offsets[i + 1]].hex():<24} nop")
+        else:
+            text = instruction_text(NAMES[number], {name: column[i] for name, column in columns.items()})
+            lines.append(f"{offsets[i]:8x}  {raw[offsets[i] : offsets[i + 1]].hex():<24} {text}")
+    if program.constants:
+        lines.append(f"L{program.labels}:  ; constants")
+    for k, bits in enumerate(program.constants):
+        value = float(np.array(bits, np.uint32).view(np.float32))
+        lines.append(f"{size + k * TILE_BYTES:8x}  {bits:08x} x {TILE:<12} ; {value:.9g}")
+    return "\n".join(lines) + "\n"
+
+
+_GENERAL = "rax rcx rdx rbx rsp rbp rsi rdi r8 r9 r10 r11 r12 r13 r14 r15".split()
+_WIDTH = ("xmm", "ymm", "zmm")
+
+
+def instruction_text(name: str, c: dict[str, int]) -> str:
+    """One instruction in Intel syntax, as GNU as reads it."""
+    row, enc = ROWS[name], c["enc"]
+    length = 0 if enc == LEGACY else (enc - EVEX128 if enc >= EVEX128 else enc - VEX128)
+    length = row.fixed_length if row.fixed_length >= 0 else length
+
+    def register(kind: str, number: int) -> str:
+        if kind == "g":
+            return _GENERAL[number]
+        return f"k{number}" if kind == "k" else f"{'xmm' if kind == '4' else _WIDTH[length]}{number}"
+
+    def memory(kind: str) -> str:
+        if c["base"] == RIP:
+            return f"[rip+L{c['disp']}]"
+        text = _GENERAL[c["base"]]
+        if c["index"] >= 0:
+            text += f"+{_GENERAL[c['index']]}*{1 << c['scale']}"
+        if c["disp"]:
+            text += f"{'+' if c['disp'] > 0 else '-'}{abs(c['disp']):#x}"
+        broadcast = f"{{1to{4 << length}}}" if c["bcast"] else ""
+        size = ("dword" if c["bcast"] or row.tuple == Tuple.T1S else "xmmword" if kind == "4" or length == 0 and kind in "xq"
+                else ("", "ymmword", "zmmword")[length])  # fmt: skip
+        size = "qword" if enc == LEGACY else size
+        prefix = "" if name in ("lea", "prefetcht1") else f"{size} ptr "
+        return f"{prefix}[{text}]{broadcast}"
+
+    words = []
+    for operand in row.operands.split():
+        letter, kind = operand[0], operand[1:]
+        if letter == "r":
+            words.append(register(kind, c["reg"]))
+        elif letter == "v":
+            words.append(register(kind, c["vvvv"]))
+        elif letter == "m":
+            words.append(register(kind, c["rm"]) if c["rm"] >= 0 else memory(kind))
+        elif letter == "s":
+            words.append(register(kind, c["imm"]))
+        else:
+            words.append(f"L{c['imm']}" if letter == "b" else f"{c['imm']:#x}")
+    if c["mask"] and words:
+        words[0] += f"{{k{c['mask']}}}" + ("{z}" if c["zero"] else "")
+    return f"{row.mnemonic or name.removesuffix('_x')} {', '.join(words)}".rstrip()

@@ -1,0 +1,227 @@
+"""The one kernel: rows of accumulators, the block's taps in the order of their displacement, an epilogue, a store.
+
+An input vector is loaded once per distinct displacement of a block and serves every tap there; a tap is one fused multiply-add whose
+weight is broadcast from memory. The code holds the pattern; values are data behind pointer W (design note 0005).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..codegen.registers import Template
+from ..codegen.vector import OP, TILE_BYTES, Builder, S
+from ..schedule.schedule import Schedule, vectors
+from ..schedule.task import Task
+from ..sparsity.partition import row_blocks
+from ..sparsity.taps import Taps
+from ..target import Target
+from . import epilogue
+from .arguments import Arg
+from .layout import advance, load_multiples
+
+INPUT_REGISTERS = 2  # vectors of x in flight per column vector; renaming makes more pointless
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """The taps of a layer in execution order, segment by segment and block by block.
+
+    Attributes:
+        blocks: (blocks + 1,) offsets into ``order``; ``order``: the output row each position stands for.
+        cuts: (segments * blocks + 1,) offsets into the tap arrays.
+        taps: (n,) tap executed at each place; ``accumulator``: its row within the block; ``fresh``: it needs a new vector of x.
+        value_slot: (n,) where each tap's values lie in the packed array, in 32-bit slots (one float32, two bfloat16 or four int8); ``bias_slot``: (rows,) by position.
+    """
+
+    blocks: NDArray[np.int64]
+    order: NDArray[np.int64]
+    cuts: NDArray[np.int64]
+    taps: NDArray[np.int64]
+    accumulator: NDArray[np.int64]
+    fresh: NDArray[np.bool_]
+    value_slot: NDArray[np.int64]
+    bias_slot: NDArray[np.int64]
+    slots: int
+
+    @property
+    def segments(self) -> int:
+        return max(1, (self.cuts.size - 1) // max(1, self.blocks.size - 1))
+
+
+def plan(taps: Taps, extent: int, order: NDArray[np.int64], schedule: Schedule, bias: bool) -> Plan:
+    """Sort ``taps`` of an ``extent``-row input by (segment, block, displacement, row) and give every value its slot."""
+    blocks = row_blocks(taps.rows, schedule.rows)
+    n_blocks = blocks.size - 1
+    width = schedule.k_segment or max(extent, 1)
+    segments = max(1, -(-extent // width))
+    position = np.empty(taps.rows, np.int64)
+    position[order] = np.arange(taps.rows)
+    block_of = np.repeat(np.arange(n_blocks), np.diff(blocks))
+    inside = np.arange(taps.rows) - blocks[:-1][block_of] if taps.rows else np.zeros(0, np.int64)
+    tap_position = position[taps.row]
+    block, k = block_of[tap_position], taps.pitch.astype(np.int64)
+    cell = k // width * n_blocks + block if segments > 1 else block
+    accumulator = inside[tap_position]
+    key = (cell * max(extent, 1) + k) * schedule.rows + accumulator
+    executed = np.argsort(key)
+    place = key[executed] // schedule.rows
+    fresh = np.ones(place.size, bool)
+    np.not_equal(place[1:], place[:-1], out=fresh[1:])
+    cuts = np.searchsorted(place, np.arange(segments * n_blocks + 1) * max(extent, 1))
+    # Biases of a block stand in front of its first segment's values: one pointer walks both.
+    ahead = blocks[1:] if bias else np.zeros(n_blocks, np.int64)
+    shift = np.concatenate([ahead, np.full((segments - 1) * n_blocks, ahead[-1] if n_blocks else 0)])
+    value_slot = np.arange(place.size) + np.repeat(shift, np.diff(cuts))
+    bias_slot = np.arange(taps.rows) + cuts[:-1][block_of] if bias else np.zeros(0, np.int64)
+    return Plan(blocks, order, cuts, executed, accumulator[executed], fresh, value_slot, bias_slot,
+                int(place.size + (taps.rows if bias else 0)))  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Body:
+    """Columns of the accumulate rows of the whole layer, and where each (segment, block) cell ends."""
+
+    op: NDArray[np.uint8]
+    d: NDArray[np.int16]
+    a: NDArray[np.int16]
+    b: NDArray[np.int16]
+    ptr: NDArray[np.int8]
+    step: NDArray[np.int32]
+    disp: NDArray[np.int64]
+    cuts: NDArray[np.int64]
+
+
+def accumulate(taps: Taps, p: Plan, schedule: Schedule, target: Target, tiled: bool) -> Body:
+    """Loads and multiply-adds of every block at once: array operations only, whatever the number of nonzeros."""
+    v = vectors(target)
+    lane_bytes = 4 * target.lanes
+    broadcast = 0 if target.embedded_broadcast else 1
+    n = p.taps.size
+    per_tap = np.full(n, v + broadcast)
+    per_tap[p.fresh] += v
+    end = np.cumsum(per_tap)
+    total = int(end[-1]) if n else 0
+    op, d, a, b = np.empty(total, np.uint8), np.zeros(total, np.int16), np.zeros(total, np.int16), np.zeros(total, np.int16)
+    ptr, step, disp = np.full(total, S.W, np.int8), np.zeros(total, np.int32), np.zeros(total, np.int64)
+    first_input = schedule.rows * v
+    weight = first_input + INPUT_REGISTERS * v
+    turn = np.cumsum(p.fresh, dtype=np.int32) % INPUT_REGISTERS
+    source = (first_input + turn * v).astype(np.int16)
+    k = taps.pitch[p.taps]
+    loaded, at = np.flatnonzero(p.fresh), end - per_tap
+    begin = at[loaded]
+    for i in range(v):
+        row = begin + i
+        op[row], d[row], ptr[row], disp[row] = OP["load"], source[loaded] + i, S.X, i * lane_bytes
+        if tiled:
+            disp[row] += k[loaded].astype(np.int64) * TILE_BYTES
+        else:
+            step[row] = k[loaded]
+    slot_bytes = p.value_slot * 4
+    if broadcast:
+        row = end - v - 1
+        op[row], d[row], disp[row] = OP["bcast"], weight, slot_bytes
+    for i in range(v):
+        row = end - v + i
+        op[row], d[row], a[row] = OP["fma_acc" if broadcast else "fma_bcast"], p.accumulator * v + i, source + i
+        if broadcast:
+            b[row] = weight
+        else:
+            disp[row] = slot_bytes
+    cuts = np.concatenate([[0], end])[p.cuts]
+    return Body(op, d, a, b, ptr, step, disp, cuts)
+
+
+def spare_registers(target: Target, temporaries: int) -> int:
+    """Vector registers the kernel needs beside its accumulators: inputs and a weight while it adds, temporaries afterwards."""
+    adding = INPUT_REGISTERS * vectors(target) + (0 if target.embedded_broadcast else 1)
+    return max(adding, temporaries)
+
+
+@dataclass(frozen=True, eq=False)
+class Blocks:
+    """Emits the code of all row blocks for the tiles of one group; control falls through from block to block."""
+
+    task: Task
+    target: Target
+    plan: Plan
+    body: Body
+    tiled: bool  # x is read tile-major: every displacement is a constant
+    finish: Template | None
+
+    def emit(self, b: Builder) -> None:
+        p, blocks = self.plan, self.plan.blocks.size - 1
+        if not self.tiled:
+            load_multiples(b, Arg.X_PITCH)
+        for cell in range(p.segments * blocks):
+            segment, block = divmod(cell, blocks)
+            first, last = segment == 0, segment == p.segments - 1
+            lo, hi = int(self.body.cuts[cell]), int(self.body.cuts[cell + 1])
+            if hi > lo or first or last:
+                self._block(b, block, slice(lo, hi), first, last, f", segment {segment}" if p.segments > 1 else "")
+
+    def _block(self, b: Builder, block: int, body: slice, first: bool, last: bool, note: str) -> None:
+        task, p, v = self.task, self.plan, vectors(self.target)
+        span = slice(int(p.blocks[block]), int(p.blocks[block + 1]))
+        rows = np.repeat(p.order[span], v)
+        n = rows.size
+        lane = np.tile(np.arange(v) * 4 * self.target.lanes, n // v)
+        partial = {"ptr": S.Y, "disp": rows * TILE_BYTES + lane}
+        top = b.label(f"rows {', '.join(map(str, p.order[span][:4]))}{' ...' if n > 4 * v else ''}{note}")
+        pointers = self._pointers(first, last)
+        for pointer, source, _, _ in pointers:
+            b.emit("s_arg", d=S.TMP, disp=source.byte)
+            b.emit("s_put", a=S.TMP, disp=pointer.byte)
+        b.emit("s_arg", d=S.T, disp=Arg.COUNT.byte)
+        b.emit("align", disp=16)
+        b.place(top)
+        b.emit("s_arg", d=S.X, disp=Arg.XT.byte)
+        b.emit("s_arg", d=S.W, disp=Arg.W.byte)
+        if not first:
+            b.emit("s_arg", d=S.Y, disp=Arg.PT.byte)
+            b.emit_many("load", n, d=np.arange(n), **partial)
+        elif task.bias:
+            b.emit_many("bcast", n, d=np.arange(n), ptr=S.W, disp=np.repeat(p.bias_slot[span] * 4, v))
+        else:
+            b.emit_many("zero", n, d=np.arange(n))
+        c = self.body
+        b.emit_many(c.op[body], body.stop - body.start, c.d[body], c.a[body], c.b[body], c.ptr[body], c.step[body], c.disp[body])
+        if last:
+            if self.finish is not None:
+                where = self._by_rows(b, Arg.RT, Arg.R_PITCH, rows, lane) if task.residual else {}
+                epilogue.apply(b, self.finish, n, where)
+            b.emit_many("store", n, a=np.arange(n), **self._by_rows(b, Arg.YT, Arg.Y_PITCH, rows, lane))
+        else:
+            b.emit("s_arg", d=S.Y, disp=Arg.PT.byte)
+            b.emit_many("store", n, a=np.arange(n), **partial)
+        for pointer, _, step, limit in pointers:
+            advance(b, pointer, step, limit)
+        b.emit("loop", a=S.T, disp=top)
+
+    def _pointers(self, first: bool, last: bool) -> list[tuple[Arg, Arg, int, Arg | None]]:
+        """The tile pointers this block moves: pointer, where it starts, bytes per tile, and where it must not go beyond."""
+        task, rows = self.task, self.task.pattern.rows * TILE_BYTES
+        columns = self.task.pattern.cols * TILE_BYTES
+        by_rows, staged = task.layout == "row_major", task.layout == "transposed"
+        x_source = Arg.X_NEXT if task.layout == "tile_major" or not self.tiled else Arg.PANEL
+        pointers = [(Arg.XT, x_source, columns, None) if self.tiled else (Arg.XT, x_source, TILE_BYTES, Arg.X_LAST)]
+        if last:
+            step, y_last, r_last = (TILE_BYTES, Arg.Y_LAST, Arg.R_LAST) if by_rows else (rows, None, None)
+            pointers.append((Arg.YT, Arg.Y_PANEL if staged else Arg.Y_NEXT, step, y_last))
+            if task.residual:
+                pointers.append((Arg.RT, Arg.R_PANEL if staged else Arg.R_NEXT, step, r_last))
+        if not (first and last):
+            pointers.append((Arg.PT, Arg.PARTIAL, rows, None))
+        return pointers
+
+    def _by_rows(self, b: Builder, pointer: Arg, pitch: Arg, rows: NDArray[np.int64], lane: NDArray[np.int64]) -> dict[str, Any]:
+        """Point Y at the tile of an array with one row per output and say where each accumulator's vector lies in it."""
+        b.emit("s_arg", d=S.Y, disp=pointer.byte)
+        if self.task.layout != "row_major":
+            return {"ptr": S.Y, "step": 0, "disp": rows * TILE_BYTES + lane}
+        b.emit("s_arg", d=S.PY, disp=pitch.byte)
+        return {"ptr": S.Y, "step": rows, "disp": lane}

@@ -1,0 +1,158 @@
+"""Copies between the caller's row-major arrays and tile-major panels: loops over run-time extents, no pattern in them."""
+
+from __future__ import annotations
+
+from ..codegen.vector import TILE, TILE_BYTES, Builder, S
+from ..target import Target
+from .arguments import Arg
+
+_STRIP = 8  # rows copied per turn of the loop
+
+
+def load_multiples(b: Builder, pitch: Arg) -> None:
+    """The pitch in slot ``pitch`` and its multiples into the registers that go with pointer X."""
+    for k, register in enumerate((S.PX, S.PX3, S.PX5, S.PX7)):
+        b.emit("s_arg", d=register, disp=Arg(pitch + k).byte)
+
+
+def pack_rows(b: Builder, target: Target, extent: int) -> None:
+    """PANEL[t][k][:] = x[k, columns of tile t] for the tiles of this group, columns clamped at X_LAST."""
+    width, vectors = 4 * target.lanes, TILE // target.lanes
+
+    def rows(count: int) -> None:
+        for i in range(count):
+            for v in range(vectors):
+                b.emit("load", d=i * vectors + v, ptr=S.X, step=i, disp=v * width)
+        for i in range(count):
+            for v in range(vectors):
+                b.emit("store", a=i * vectors + v, ptr=S.Y, disp=i * TILE_BYTES + v * width)
+
+    strip = _STRIP // vectors
+    tile, turn = b.label("pack a tile of x"), b.label()
+    load_multiples(b, Arg.X_PITCH)
+    _start(b, Arg.X_NEXT, Arg.PANEL)
+    b.place(tile)
+    b.emit("s_arg", d=S.X, disp=Arg.XT.byte)
+    if extent >= strip:
+        b.emit("s_set", d=S.K, disp=extent // strip)
+        b.place(turn)
+        rows(strip)
+        for step in {8: (S.PX7, S.PX), 4: (S.PX3, S.PX), 2: (S.PX, S.PX)}[strip]:
+            b.emit("s_add", d=S.X, a=step)
+        b.emit("s_addi", d=S.Y, disp=strip * TILE_BYTES)
+        b.emit("loop", a=S.K, disp=turn)
+    else:
+        b.place(turn)
+    rows(extent % strip)
+    b.emit("s_addi", d=S.Y, disp=extent % strip * TILE_BYTES)
+    advance(b, Arg.XT, Arg.X_TILE, Arg.X_LAST)
+    b.emit("loop", a=S.T, disp=tile)
+
+
+def pack_transposed(b: Builder, target: Target, extent: int, source: Arg, tile: Arg, last: Arg, pitch: Arg, panel: Arg) -> None:
+    """panel[t][k][i] = x[16 t + i, k]: 4x4 transpositions; where ``extent`` is no multiple of 4 the last four overlap."""
+    top, turn = b.label(f"transpose into {panel.name}"), b.label()
+    load_multiples(b, pitch)
+    _start(b, source, panel)
+    b.place(top)
+    b.emit("s_arg", d=S.W, disp=Arg.XT.byte)
+    b.emit("s_set", d=S.K, disp=extent // 4)
+    b.place(turn)
+    b.emit("s_mov", d=S.X, a=S.W)
+    _gather(b, target)
+    b.emit("s_addi", d=S.W, disp=16)
+    b.emit("s_addi", d=S.Y, disp=4 * TILE_BYTES)
+    b.emit("loop", a=S.K, disp=turn)
+    rest = extent % 4
+    if rest:
+        b.emit("s_addi", d=S.W, disp=4 * rest - 16)
+        b.emit("s_addi", d=S.Y, disp=(rest - 4) * TILE_BYTES)
+        b.emit("s_mov", d=S.X, a=S.W)
+        _gather(b, target)
+        b.emit("s_addi", d=S.Y, disp=4 * TILE_BYTES)
+    advance(b, Arg.XT, tile, last)
+    b.emit("loop", a=S.T, disp=top)
+
+
+def unpack_transposed(b: Builder, target: Target, extent: int) -> None:
+    """y[16 t + i, m] = Y_PANEL[t][m][i], the same way backwards."""
+    top, turn = b.label("transpose into y"), b.label()
+    load_multiples(b, Arg.Y_PITCH)
+    _start(b, Arg.Y_NEXT, Arg.Y_PANEL)
+    b.place(top)
+    b.emit("s_arg", d=S.W, disp=Arg.XT.byte)
+    b.emit("s_set", d=S.K, disp=extent // 4)
+    b.place(turn)
+    b.emit("s_mov", d=S.X, a=S.W)
+    _scatter(b, target)
+    b.emit("s_addi", d=S.W, disp=16)
+    b.emit("s_addi", d=S.Y, disp=4 * TILE_BYTES)
+    b.emit("loop", a=S.K, disp=turn)
+    rest = extent % 4
+    if rest:
+        b.emit("s_addi", d=S.W, disp=4 * rest - 16)
+        b.emit("s_addi", d=S.Y, disp=(rest - 4) * TILE_BYTES)
+        b.emit("s_mov", d=S.X, a=S.W)
+        _scatter(b, target)
+        b.emit("s_addi", d=S.Y, disp=4 * TILE_BYTES)
+    advance(b, Arg.XT, Arg.Y_TILE, Arg.Y_LAST)
+    b.emit("loop", a=S.T, disp=top)
+
+
+def advance(b: Builder, pointer: Arg, step: Arg | int, last: Arg | None) -> None:
+    """Move a tile pointer that is kept in the argument block, not beyond ``last``."""
+    b.emit("s_arg", d=S.TMP, disp=pointer.byte)
+    if isinstance(step, Arg):
+        b.emit("s_arg", d=S.K, disp=step.byte)
+        b.emit("s_add", d=S.TMP, a=S.K)
+    else:
+        b.emit("s_addi", d=S.TMP, disp=step)
+    if last is not None:
+        b.emit("s_min_arg", d=S.TMP, disp=last.byte)
+    b.emit("s_put", a=S.TMP, disp=pointer.byte)
+
+
+def _start(b: Builder, source: Arg, panel: Arg) -> None:
+    b.emit("s_arg", d=S.TMP, disp=source.byte)
+    b.emit("s_put", a=S.TMP, disp=Arg.XT.byte)
+    b.emit("s_arg", d=S.Y, disp=panel.byte)
+    b.emit("s_arg", d=S.T, disp=Arg.COUNT.byte)
+
+
+def _halves(target: Target) -> range:
+    return range(TILE // target.lanes)
+
+
+def _transpose4(b: Builder, r: int) -> None:
+    """Registers r .. r+3 hold rows of 4x4 blocks, one block per 128 bits; their transposes end in the same registers."""
+    t = r + 4
+    b.emit("zip_lo", d=t, a=r, b=r + 1)
+    b.emit("zip_hi", d=t + 1, a=r, b=r + 1)
+    b.emit("zip_lo", d=t + 2, a=r + 2, b=r + 3)
+    b.emit("zip_hi", d=t + 3, a=r + 2, b=r + 3)
+    b.emit("zip2_lo", d=r, a=t, b=t + 2)
+    b.emit("zip2_hi", d=r + 1, a=t, b=t + 2)
+    b.emit("zip2_lo", d=r + 2, a=t + 1, b=t + 3)
+    b.emit("zip2_hi", d=r + 3, a=t + 1, b=t + 3)
+
+
+def _gather(b: Builder, target: Target) -> None:
+    """Four columns of 16 rows at X, transposed to four vectors at Y."""
+    for half in _halves(target):
+        for quarter in range(target.lanes // 4):
+            for i in range(4):
+                step = half * target.lanes + 4 * quarter + i
+                b.emit("insert4" if quarter else "load4", d=i, b=quarter, ptr=S.X, step=step)
+        _transpose4(b, 0)
+        for i in range(4):
+            b.emit("store", a=i, ptr=S.Y, disp=i * TILE_BYTES + half * 4 * target.lanes)
+
+
+def _scatter(b: Builder, target: Target) -> None:
+    for half in _halves(target):
+        for i in range(4):
+            b.emit("load", d=i, ptr=S.Y, disp=i * TILE_BYTES + half * 4 * target.lanes)
+        _transpose4(b, 0)
+        for quarter in range(target.lanes // 4):
+            for i in range(4):
+                b.emit("store4", a=i, b=quarter, ptr=S.X, step=half * target.lanes + 4 * quarter + i)

@@ -1,0 +1,94 @@
+"""A whole operator as one native call: groups of column tiles around packing, the row blocks, and unpacking."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..codegen.vector import Builder, Program, S, check
+from ..schedule.schedule import Schedule
+from ..schedule.task import Task
+from ..sparsity.reorder import ORDERS
+from ..sparsity.taps import Taps, matmul_taps
+from ..target import Target
+from . import epilogue, layout
+from .accumulate import Blocks, Plan, accumulate, plan, spare_registers
+from .arguments import Arg
+
+
+@dataclass(frozen=True, eq=False)
+class Kernel:
+    """The program of an operator and how its data is arranged.
+
+    Attributes:
+        x_loads: vectors of x loaded per column tile.
+    """
+
+    program: Program
+    plan: Plan
+    taps: Taps
+    x_loads: int
+
+    def pack(self, values: NDArray[np.float32], bias: NDArray[np.float32] | None, out: NDArray[np.float32]) -> None:
+        """Values of the pattern (CSR order) and biases into ``out`` (plan.slots,), the array behind Arg.W."""
+        p = self.plan
+        out[p.value_slot] = self.taps.pack(values)[p.taps, 0]
+        if bias is not None:
+            out[p.bias_slot] = bias[p.order]
+
+
+def spare(task: Task, target: Target) -> int:
+    """Vector registers an accumulator may not take: those of the inner loop or of the epilogue, whichever needs more."""
+    code = epilogue.template(task, Builder())
+    return spare_registers(target, code.registers if code else 0)
+
+
+def generate(task: Task, schedule: Schedule, target: Target) -> Kernel:
+    """The vector program of ``task`` under ``schedule``.
+
+    Raises:
+        ScheduleError: the schedule does not fit the target's registers.
+    """
+    schedule.check(target, spare(task, target))
+    rows, extent = task.pattern.shape
+    taps = matmul_taps(task.pattern)
+    order = ORDERS[schedule.order](task.pattern, schedule.rows)
+    p = plan(taps, extent, order, schedule, task.bias)
+    b = Builder()
+    tiled = schedule.packed or task.layout != "row_major"
+    body = accumulate(taps, p, schedule, target, tiled)
+    done, group = b.label("done"), b.label("next group of tiles")
+    b.emit("enter")
+    for source, pointer in ((Arg.X, Arg.X_NEXT), (Arg.Y, Arg.Y_NEXT), (Arg.R, Arg.R_NEXT), (Arg.TILES, Arg.LEFT)):
+        b.emit("s_arg", d=S.TMP, disp=source.byte)
+        b.emit("s_put", a=S.TMP, disp=pointer.byte)
+    b.place(group)
+    b.emit("s_arg", d=S.T, disp=Arg.LEFT.byte)
+    b.emit("jump_zero", a=S.T, disp=done)
+    b.emit("s_min_arg", d=S.T, disp=Arg.GROUP.byte)
+    b.emit("s_put", a=S.T, disp=Arg.COUNT.byte)
+    if task.layout == "transposed":
+        layout.pack_transposed(b, target, extent, Arg.X_NEXT, Arg.X_TILE, Arg.X_LAST, Arg.X_PITCH, Arg.PANEL)
+        if task.residual:
+            layout.pack_transposed(b, target, rows, Arg.R_NEXT, Arg.R_TILE, Arg.R_LAST, Arg.R_PITCH, Arg.R_PANEL)
+    elif tiled and task.layout == "row_major":
+        layout.pack_rows(b, target, extent)
+    Blocks(task, target, p, body, tiled, epilogue.template(task, b)).emit(b)
+    if task.layout == "transposed":
+        layout.unpack_transposed(b, target, rows)
+    for pointer, step, last in (
+        (Arg.X_NEXT, Arg.X_GROUP, Arg.X_LAST), (Arg.Y_NEXT, Arg.Y_GROUP, Arg.Y_LAST), (Arg.R_NEXT, Arg.R_GROUP, Arg.R_LAST),
+    ):  # fmt: skip
+        layout.advance(b, pointer, step, None if task.layout == "tile_major" else last)
+    b.emit("s_arg", d=S.T, disp=Arg.LEFT.byte)
+    b.emit("s_arg", d=S.K, disp=Arg.COUNT.byte)
+    b.emit("s_sub", d=S.T, a=S.K)
+    b.emit("s_put", a=S.T, disp=Arg.LEFT.byte)
+    b.emit("jump", disp=group)
+    b.place(done)
+    b.emit("leave")
+    program = b.finish()
+    check(program)
+    return Kernel(program, p, taps, int(np.count_nonzero(p.fresh)))

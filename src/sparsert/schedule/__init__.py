@@ -1,0 +1,1 @@
+"""What is to be computed (a task), how (a schedule), and the cost model that chooses."""

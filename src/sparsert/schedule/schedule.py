@@ -1,0 +1,64 @@
+"""How a task is computed. Any legal schedule gives the same bits: each row sums its products in one order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..errors import ScheduleError
+from ..sparsity.reorder import ORDERS
+from ..target import Target
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Three nested loops: groups of column tiles > segments of K > blocks of rows > tiles of the group.
+
+    Attributes:
+        rows: output rows per block, each an accumulator for a tile of 16 columns.
+        k_segment: input rows per segment, 0 for all. Accumulators are carried from segment to segment through memory.
+        tiles: column tiles per group, 0 for all. 1 is the *input-stationary* order (a tile of x stays in L1 while all code passes),
+            all is the *code-stationary* order (a block's code stays while all tiles pass).
+        packed: x is copied into tile-major scratch first (row-major layout only; tile-major x needs none, transposed x always does).
+        order: how rows are dealt to blocks: a name of :data:`sparsert.sparsity.reorder.ORDERS`.
+        prefetch: code of the next block is prefetched into L2 while a block runs.
+    """
+
+    rows: int
+    k_segment: int = 0
+    tiles: int = 0
+    packed: bool = False
+    order: str = "natural"
+    prefetch: bool = False
+
+    def __post_init__(self) -> None:
+        if self.order not in ORDERS:
+            raise ScheduleError(f"unknown row order {self.order!r}", where="order", hint=f"Known: {', '.join(ORDERS)}.")
+        for name in ("rows", "k_segment", "tiles"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < (name == "rows"):
+                raise ScheduleError(f"{name}={value!r} is not a {'positive' if name == 'rows' else 'non-negative'} integer", where=name)
+
+    def check(self, target: Target, spare: int) -> None:
+        """Refuse more rows than the register file holds beside ``spare`` registers of the kernel's own.
+
+        Raises:
+            ScheduleError: with the largest legal number.
+        """
+        most = most_rows(target, spare)
+        if self.rows > most:
+            raise ScheduleError(f"{self.rows} rows need {self.rows * vectors(target)} accumulators; {target.name} has room for {most} rows "
+                                f"beside {spare} other registers", where="rows", hint=f"Use rows <= {most}.")  # fmt: skip
+
+    def __str__(self) -> str:
+        return (f"rows={self.rows} k_segment={self.k_segment or 'all'} tiles={self.tiles or 'all'} "
+                f"x={'packed' if self.packed else 'direct'} order={self.order}{' prefetch' if self.prefetch else ''}")  # fmt: skip
+
+
+def vectors(target: Target) -> int:
+    """Vector registers that one row of a tile occupies."""
+    return 16 // target.lanes
+
+
+def most_rows(target: Target, spare: int) -> int:
+    """The largest legal ``rows``."""
+    return (target.registers - spare) // vectors(target)

@@ -1,0 +1,23 @@
+"""How rows are cut into register blocks, and blocks into equal shares of work."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def row_blocks(rows: int, limit: int) -> NDArray[np.int64]:
+    """Offsets of the fewest blocks of at most ``limit`` rows, as equal as can be: a last block of two rows would starve the FMAs."""
+    count = -(-rows // limit) if rows else 0
+    return np.arange(count + 1) * rows // max(count, 1)
+
+
+def balanced(work: NDArray[np.int64], parts: int) -> NDArray[np.int64]:
+    """Offsets that cut consecutive items into ``parts`` runs of nearly equal ``work`` (nonzeros)."""
+    total = np.concatenate([[0], np.cumsum(work)])
+    goals = total[-1] * np.arange(1, parts) / parts
+    cuts = np.searchsorted(total, goals, side="left")
+    # Of the two borders around a goal, take the nearer.
+    before = np.maximum(cuts - 1, 0)
+    cuts = np.where(goals - total[before] < total[np.minimum(cuts, total.size - 1)] - goals, before, cuts)
+    return np.concatenate([[0], np.maximum.accumulate(cuts), [work.size]]).astype(np.int64)

@@ -1,0 +1,41 @@
+"""What code is generated for: instruction set, registers, caches. Which of them this machine is: :mod:`sparsert.runtime.host`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Target:
+    """One set of machine code and the figures its cost model needs.
+
+    Attributes:
+        name: public name; the same as ``isa`` for compiled targets.
+        lanes: float32 lanes of a vector register.
+        registers: vector registers.
+        embedded_broadcast: an FMA may broadcast one float from memory by itself.
+        needs: CPU features (as CPUID names them) without which the code faults.
+        l1i, l1d, l2: bytes of cache per core.
+    """
+
+    name: str
+    isa: str
+    lanes: int = 1
+    registers: int = 0
+    embedded_broadcast: bool = False
+    needs: tuple[str, ...] = ()
+    l1i: int = 32 << 10
+    l1d: int = 32 << 10
+    l2: int = 1 << 20
+
+
+TARGETS = {
+    t.name: t
+    for t in (
+        Target("x86-avx512", "x86-avx512", 16, 32, True, ("avx512f", "avx512bw", "avx512dq", "avx512vl")),
+        Target("x86-avx2", "x86-avx2", 8, 16, False, ("avx2", "fma")),
+        Target("reference", "reference"),
+    )
+}
+NATIVE_ORDER = ("x86-avx512", "x86-avx2")
+"""Which target ``native`` stands for: the first one available."""
