@@ -469,6 +469,7 @@ def test_pick(weight: np.ndarray) -> None:
         assert pick(layers, text, "f") is layers[expected]
     with pytest.raises(UnsupportedError, match=r"no layer 'pw2'.*pw11"):
         pick(layers, "pw2", "f")
+    assert pick(layers, "graph/pw11/MatMul", "f") is layers[4]
     with pytest.raises(UnsupportedError, match="2 layers"):
         pick(layers, "conv2d_1", "f")
 

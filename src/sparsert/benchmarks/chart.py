@@ -12,6 +12,7 @@ from .baselines import BASELINES
 from .report import ALL_GROUPS, DENSE, Report, Row
 
 SUFFIXES = (".png", ".svg")
+LINE_SLOTS = 32  # problems and means side by side before a chart gets a second line
 # Falling luminance tells the bars apart in grey; hatches tell peers from ours.
 OURS = (("#0b3c5d", ""), ("#5b9bd5", ""), ("#2a7f62", ""))
 PEERS = {"mkl": ("#a9b1ba", ""), "torch_csr": ("#cdd3d9", "///"), "scipy": ("#f0f2f4", "...")}
@@ -91,55 +92,61 @@ def _mean(report: Report, group: str, label: str, sub: str, series: list[str]) -
     return Slot(label, sub, {name: mean.value for name, mean in means.items() if mean}, True)
 
 
-def _figure(figure_class: Any, report: Report, series: list[str], groups: list[list[Slot]]) -> Any:
-    count = sum(len(group) for group in groups)
-    crowded = count > 16
-    width = min(max(7.0, count * (0.3 + 0.07 * len(series)) * (0.85 if crowded else 1.1) + 2.0), 40.0)
-    figure = figure_class(figsize=(width, 5.6), layout="constrained")
-    axes = figure.add_subplot()
-    bar = 0.82 / max(len(series), 1)
-    position, ticks, labels = 0.0, [], []
+def lines(groups: list[list[Slot]], limit: int = LINE_SLOTS) -> list[list[list[Slot]]]:
+    """Groups packed into lines of at most ``limit`` slots; a group is never split, the mean of all never alone."""
+    found: list[list[list[Slot]]] = [[]]
     for group in groups:
+        used = sum(len(other) for other in found[-1])
+        if used and used + len(group) > limit and len(group) > 1:
+            found.append([])
+        found[-1].append(group)
+    return found
+
+
+def _figure(figure_class: Any, report: Report, series: list[str], groups: list[list[Slot]]) -> Any:
+    packed = lines(groups)
+    count = max(sum(len(group) for group in line) for line in packed)
+    crowded = count > 16
+    width = max(7.0, count * (0.3 + 0.07 * len(series)) * (0.85 if crowded else 1.1) + 2.0)
+    figure = figure_class(figsize=(width, 5.6 * len(packed) ** 0.9), layout="constrained")
+    column = figure.subplots(len(packed), sharey=True, squeeze=False)[:, 0]
+    extent = max(_draw_line(axes, report, series, line, crowded) for axes, line in zip(column, packed, strict=True))
+    highest = max(value for group in groups for slot in group for value in slot.values.values())
+    for axes in column:
+        axes.set_xlim(-0.8, extent + 0.8)
+        axes.set_ylim(0, 1.12 * highest)
+        _style(axes, report)
+    handles: dict[str, Any] = {}
+    for handle, label in zip(*column[0].get_legend_handles_labels(), strict=True):
+        handles.setdefault(label, handle)
+    figure.legend(handles.values(), handles.keys(), loc="outside upper left", ncols=len(handles), frameon=False,
+                  fontsize=8)  # fmt: skip
+    column[0].set_title(_title(report), fontsize=8.5, loc="left", color="#333333")
+    return figure
+
+
+def _draw_line(axes: Any, report: Report, series: list[str], line: list[list[Slot]], crowded: bool) -> float:
+    """The bars and labels of one line; returns where the last slot lies."""
+    ours, width = report.columns(), 0.82 / len(series)
+    position, ticks, labels = 0.0, [], []
+    for group in line:
         for slot in group:
             position += 0.35 if slot.is_mean else 0.0
             for index, name in enumerate(series):
                 if name in slot.values:
-                    _bar(
-                        axes,
-                        position + (index - (len(series) - 1) / 2) * bar,
-                        bar,
-                        slot,
-                        name,
-                        report.columns(),
-                        crowded,
-                    )
+                    place = position + (index - (len(series) - 1) / 2) * width
+                    _bar(axes, place, width, slot, name, ours, crowded)
             ticks.append(position)
             labels.append(slot)
             position += 1.0
         position += 0.6
-    axes.axhline(1.0, color="black", linewidth=1.0, zorder=3)
-    axes.annotate(f"1x: {report.dense_label}".replace(" ", "\n", 2), (1.0, 1.0), (3, 0), textcoords="offset points",
-                  xycoords=axes.get_yaxis_transform(), va="center", fontsize=8)  # fmt: skip
+    turned = len(labels) > 4
     axes.set_xticks(ticks, [f"{slot.label}\n{slot.sub}" if slot.sub else slot.label for slot in labels],
-                    rotation=60 if count > 4 else 0, ha="right" if count > 4 else "center", rotation_mode="anchor",
-                    fontsize=7 if crowded else 8, linespacing=1.1)  # fmt: skip
+                    rotation=60 if turned else 0, ha="right" if turned else "center", linespacing=1.1,
+                    rotation_mode="anchor" if turned else "default", fontsize=7 if crowded else 8)  # fmt: skip
     for text, slot in zip(axes.get_xticklabels(), labels, strict=True):
         text.set_fontweight("bold" if slot.is_mean else "normal")
-    axes.set_xlim(ticks[0] - 0.8, ticks[-1] + 0.8)
-    axes.set_ylim(0, 1.12 * max(value for slot in labels for value in slot.values.values()))
-    axes.set_ylabel(f"speed-up over {report.dense_label}")
-    axes.grid(axis="y", color="#d9d9d9", linewidth=0.6, zorder=0)
-    axes.set_axisbelow(True)
-    axes.tick_params(axis="x", length=0)
-    axes.spines[["top", "right"]].set_visible(False)
-    handles: dict[str, Any] = {}
-    for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-        handles.setdefault(label, handle)
-    figure.legend(
-        handles.values(), handles.keys(), loc="outside upper left", ncols=len(handles), frameon=False, fontsize=8
-    )
-    axes.set_title(_title(report), fontsize=8.5, loc="left", color="#333333")
-    return figure
+    return ticks[-1]
 
 
 def _bar(axes: Any, x: float, width: float, slot: Slot, name: str, ours: list[str], crowded: bool) -> None:
@@ -153,6 +160,17 @@ def _bar(axes: Any, x: float, width: float, slot: Slot, name: str, ours: list[st
         axes.annotate(f"{value:.1f}", (x, value), (0, 2), textcoords="offset points", ha="center", va="bottom",
                       rotation=90 if crowded or width < 0.3 else 0, fontsize=6.5 if crowded else 7.5, zorder=4,
                       fontweight="bold" if slot.is_mean else "normal")  # fmt: skip
+
+
+def _style(axes: Any, report: Report) -> None:
+    axes.axhline(1.0, color="black", linewidth=1.0, zorder=3)
+    axes.annotate(f"1x: {report.dense_label}".replace(" ", "\n", 2), (1.0, 1.0), (3, 0), textcoords="offset points",
+                  xycoords=axes.get_yaxis_transform(), va="center", fontsize=8)  # fmt: skip
+    axes.set_ylabel(f"speed-up over {report.dense_label}")
+    axes.grid(axis="y", color="#d9d9d9", linewidth=0.6, zorder=0)
+    axes.set_axisbelow(True)
+    axes.tick_params(axis="x", length=0)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _title(report: Report) -> str:

@@ -18,14 +18,14 @@ def sparsert_forms(threads: int, target: str = "native") -> list[Form]:
     """
 
     def matmul(layer: Layer, layout: str) -> Bound:
-        from ..compiler import compile_matmul
+        from .. import compile_matmul
 
         start = time.perf_counter()
         op = compile_matmul(layer.sparse, layer.bias, target=target, threads=threads, layout=layout)
         return _bound(op, layer, time.perf_counter() - start)
 
     def linear(layer: Layer) -> Bound:
-        from ..compiler import compile_linear
+        from .. import compile_linear
 
         start = time.perf_counter()
         op = compile_linear(layer.sparse, layer.bias, target=target, threads=threads)

@@ -132,35 +132,37 @@ class WrongResultError(Exception):
 def bind(form: Form, baseline: str, prepared: Prepared) -> Candidate:
     """Bind ``form`` to every layer of the problem and check each against the float64 product.
 
-    The layers of a chain alternate between two activation buffers, so that one reads what the one before has written.
+    The first layer of a chain reads x, which stays as it is: fed with its own results, a chain would drift towards
+    infinity or subnormals over the repetitions.  The others alternate between two buffers, each reading what the one
+    before has written.
 
     Raises:
         WrongResultError: a result is off by more than the form's tolerance.
     """
     problem = prepared.problem
     rows, inputs, columns = problem.shape
-    source = allocate(inputs, columns, form)
-    target = allocate(rows, columns, form)
-    steps: list[Callable[[], object]] = []
+    x = allocate(inputs, columns, form)
+    buffers = [allocate(rows, columns, form) for _ in problem.layers[:2]]
+    source, steps = x, list[Callable[[], object]]()
     facts: dict[str, Any] = {}
-    for sparse, dense, reference in zip(problem.layers, prepared.dense, prepared.references, strict=True):
+    for index, (sparse, dense) in enumerate(zip(problem.layers, prepared.dense, strict=True)):
+        target = buffers[index % 2]
         bias = problem.bias if form.adds_bias else None
         fill(source, prepared.x, form.layout)
         fill(target, np.full((rows, columns), np.nan, np.float32), form.layout)
         bound = form.bind(Layer(sparse, dense, columns, source, target, bias))
         result = bound.call()
         y = unfold(target if result is None else as_numpy(result), form.layout, rows, columns)
-        error = reference.error(y, bias)
+        error = prepared.references[index].error(y, bias)
         if error > form.tolerance:
             raise WrongResultError(f"relative error {error:.2g} exceeds {form.tolerance:.0e}")
         steps.append(bound.call)
         facts = facts or bound.facts
-        source, target = target, source
-    if len(steps) == 1:
-        return Candidate(baseline, form.name, form.role, steps[0], facts, (source, target))
-    fill(source, prepared.x, form.layout)  # forms that return a new array never write it: keep it finite
-    fill(target, prepared.x, form.layout)
-    return Candidate(baseline, form.name, form.role, _in_turn(steps), facts, (source, target))
+        source = target
+    for buffer in buffers[: len(steps) - 1]:
+        fill(buffer, prepared.x, form.layout)  # for forms that return new arrays and never write it: finite, not zero
+    call = steps[0] if len(steps) == 1 else _in_turn(steps)
+    return Candidate(baseline, form.name, form.role, call, facts, (x, *buffers))
 
 
 def _in_turn(steps: Sequence[Callable[[], object]]) -> Callable[[], object]:

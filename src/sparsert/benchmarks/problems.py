@@ -24,6 +24,7 @@ DEFAULT_SPARSITIES = (0.80, 0.90, 0.95, 0.98)
 FILE_SUFFIXES = tuple(READERS)
 CHAIN_LENGTH = 9
 DEFAULT_COLUMNS = 196
+ORDINARY = ("conv 1x1", "fully connected")  # layers of a file that need no note
 
 TOKEN_SHAPES = ((768, 768), (3072, 768), (768, 3072), (1024, 1024), (4096, 1024), (1024, 4096))
 TOKEN_COLUMNS = (128, 256, 512)
@@ -223,7 +224,8 @@ def from_file(path: str, columns: int | None = None) -> Iterator[Problem]:
         count = columns or layer.columns or DEFAULT_COLUMNS
         rows, cols = layer.weight.shape
         name = tails[index] if speaking else f"#{index}"
-        yield Problem(f"{name} {rows}x{cols}x{count}", stem, layer.weight, count, layer.note, layer.bias)
+        note = "" if layer.note.startswith(ORDINARY) else layer.note
+        yield Problem(f"{name} {rows}x{cols}x{count}", stem, layer.weight, count, note, layer.bias)
 
 
 def select(
@@ -234,17 +236,21 @@ def select(
     Raises:
         UnsupportedError: a name is unknown, or a set needs data that is not there.
     """
+    wanted = [part.strip() for part in names.split(",")] if isinstance(names, str) else names
+    for name in wanted:  # all of them before the first is built
+        if not (name in SETS or name.startswith("dlmc:") or _is_file(name)):
+            known = ", ".join((*SETS, "dlmc:WORDS", *(f"FILE{suffix}" for suffix in FILE_SUFFIXES)))
+            raise UnsupportedError(f"unknown problem set {name!r}", where="problems", hint=f"Known: {known}.")
     found: list[Problem] = []
-    for name in [part.strip() for part in names.split(",")] if isinstance(names, str) else names:
-        base, _, words = name.partition(":")
+    for name in wanted:
         if name in SETS:
             found += SETS[name](sparsities)
-        elif base == "dlmc":
-            found += dlmc(sparsities, words)
-        elif name.lower().endswith(FILE_SUFFIXES) or ".zip:" in name:
-            found += from_file(name, columns)
+        elif name.startswith("dlmc:"):
+            found += dlmc(sparsities, name.removeprefix("dlmc:"))
         else:
-            known = ", ".join((*SETS, "dlmc:WORDS", *(f"FILE{suffix}" for suffix in FILE_SUFFIXES)))
-            raise UnsupportedError(f"unknown problem set {name!r}", where="problems",
-                                   hint=f"Known: {known}.")  # fmt: skip
+            found += from_file(name, columns)
     return found
+
+
+def _is_file(name: str) -> bool:
+    return name.lower().endswith(FILE_SUFFIXES) or ".zip:" in name

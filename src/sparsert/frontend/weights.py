@@ -82,9 +82,14 @@ def load_layers(path: str | os.PathLike[str]) -> list[Layer]:
 
 
 def pick(layers: list[Layer], name: str, where: str) -> Layer:
-    """The layer of that name; part of a path-like name will do where only one layer has it (``conv2d_7``)."""
-    exact = [layer for layer in layers if layer.name == name]
-    found = exact or [layer for layer in layers if f"/{name}/" in f"/{layer.name}/"]
+    """The layer of that name; a part or an extension of its path will do where only one layer has it (``conv2d_7``).
+
+    Raises:
+        UnsupportedError: no layer has it, or several; the message lists the names.
+    """
+    found = [layer for layer in layers if layer.name == name] or [
+        layer for layer in layers if f"/{name}/" in f"/{layer.name}/" or f"/{layer.name}/" in f"/{name}/"
+    ]
     if len(found) != 1:
         what = f"{len(found)} layers are called {name!r}" if found else f"there is no layer {name!r}"
         raise UnsupportedError(what, where=where, hint=f"The file has {some([c.name for c in found or layers], 60)}.")
@@ -245,16 +250,26 @@ def _unblock(
 def _read_tflite(path: Path) -> list[Layer]:
     found, skipped = read_layers(read_file(path), str(path))
     layers = []
-    for layer in found:
+    names = _short_names([layer.name for layer in found])
+    for layer, name in zip(found, names, strict=True):
         entries = layer.weight.shape[0] * layer.weight.shape[1]
         if layer.encoded or layer.weight.pattern.nnz <= (1 - MIN_ZEROS) * entries:
             stride = "" if layer.stride == (1, 1) else f", stride {layer.stride[0]}x{layer.stride[1]}"
             act = f", {layer.activation}" if layer.activation else ""
-            layers.append(Layer(layer.name, layer.weight, layer.bias, layer.columns, layer.kind + stride + act))
+            layers.append(Layer(name, layer.weight, layer.bias, layer.columns, layer.kind + stride + act))
     if not layers:
         what = f"none of {len(found)} 1x1 convolutions and fully connected layers is pruned"
         raise FormatError(what, where=str(path), hint=f"Left out: {some(skipped, 4)}.")
     return layers
+
+
+def _short_names(names: list[str]) -> list[str]:
+    """Names without the folders that all share (``model/``) and the operator (``/Conv2D``), where they stay unique."""
+    parts = [name.split("/") for name in names]
+    shared = next((n for n, column in enumerate(zip(*parts, strict=False)) if len(set(column)) > 1), 0)
+    shared = max(0, min(shared, min(map(len, parts), default=0) - 2))
+    short = [re.sub(r"/(Conv2D|MatMul)\d*$", "", "/".join(part[shared:])) for part in parts]
+    return short if len(set(short)) == len(short) and all(short) else names
 
 
 def _dense(array: NDArray[Any], where: str) -> SparseMatrix:

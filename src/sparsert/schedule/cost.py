@@ -19,3 +19,8 @@ def tiles_per_group(task: Task, schedule: Schedule, target: Target, tiles: int) 
     if schedule.tiles:
         return min(schedule.tiles, tiles)
     return tiles
+
+
+def reason(task: Task, target: Target, schedule: Schedule) -> str:
+    """Why :func:`choose` chose so, in a sentence."""
+    return "cost model"

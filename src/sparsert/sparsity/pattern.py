@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ..errors import DTypeError, FormatError, PatternMismatchError, ShapeError, ValueRangeError
 
-MAX_EXTENT = 2**30  # rows, columns and nonzeros: every byte displacement then fits 64-bit address arithmetic
+MAX_EXTENT = 2**24  # rows or columns: the byte displacement of any row of a tile then fits 32 bits
 
 
 class PatternStats(NamedTuple):

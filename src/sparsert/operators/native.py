@@ -1,44 +1,25 @@
-"""Compiled operators: check the arrays, point the argument block at them, make one native call."""
+"""A compiled product on the CPU: point the argument block at the arrays, make one native call."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .codegen.vector import TILE, TILE_BYTES
-from .errors import AliasError, DTypeError, InternalError, ShapeError, UnsupportedError, ValueRangeError
-from .kernels.arguments import SLOTS, Arg
-from .kernels.matmul import Kernel
-from .runtime.cpu import Executable, Frame, address_of
-from .runtime.memory import aligned_empty
-from .schedule.cost import tiles_per_group
-from .schedule.schedule import Schedule
-from .schedule.task import Task
-from .target import Target
+from ..codegen.vector import TILE, TILE_BYTES
+from ..kernels.arguments import SLOTS, Arg
+from ..kernels.matmul import Kernel
+from ..runtime.cpu import Executable, Frame, address_of
+from ..runtime.memory import aligned_empty
+from ..schedule.cost import tiles_per_group
+from ..schedule.schedule import Schedule
+from ..schedule.task import Task
+from ..target import Target
 
 Array = NDArray[np.float32]
 
 
-@dataclass(frozen=True)
-class Stats:
-    """Facts about a compiled operator. ``bytes_per_nonzero`` counts code and values; ``fmas_per_load`` is how often a loaded
-    vector of x is used."""
-
-    nnz: int
-    density: float
-    code_bytes: int
-    value_bytes: int
-    bytes_per_nonzero: float
-    fmas_per_load: float
-    instructions: int
-    compile_seconds: float
-
-
-class Program:
-    """An operator's machine code, its packed values and its free call frames; shared by row-major and transposed entry."""
+class NativeProduct:
+    """Machine code, packed values and free call frames. Any number of threads may call at once."""
 
     def __init__(self, task: Task, schedule: Schedule, target: Target, kernel: Kernel, executable: Executable) -> None:
         self.task, self.schedule, self.target, self.kernel = task, schedule, target, kernel

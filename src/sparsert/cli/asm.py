@@ -1,0 +1,47 @@
+"""``sparsert asm FILE --layer NAME``: the machine code of one layer of a weight file, as a listing for people.
+
+Nothing is executed, so the code of another machine can be read here: ``--target`` names it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+TARGETS = ("native", "x86-avx512", "x86-avx2")
+LAYOUTS = ("row_major", "tile_major")
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subparsers.add_parser(
+        "asm", help="list the code generated for a layer of a file", description=__doc__.replace("``", "")
+    )
+    option = parser.add_argument
+    option("file", metavar="FILE", help=".tflite, .npz, .npy, .smtx, .zip or ARCHIVE.zip:MEMBER")
+    option("--layer", metavar="NAME", help="which layer; not needed where the file has just one")
+    option("--target", choices=TARGETS, default="native", help="default: what this machine executes")
+    option("--layout", choices=LAYOUTS, default="row_major", help="of the activations (default row_major)")
+    option("-o", "--output", type=Path, metavar="OUT", help="write the listing to OUT instead of printing it")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..errors import UnsupportedError
+    from ..frontend.container import some
+    from ..frontend.weights import load_layers, pick
+
+    layers = load_layers(args.file)
+    if args.layer is None and len(layers) > 1:
+        raise UnsupportedError(f"the file has {len(layers)} layers; name one with --layer", where=args.file,
+                               hint=f"They are {some([layer.name for layer in layers], 60)}.")  # fmt: skip
+    from ..compiler import compile_listing
+
+    layer = layers[0] if args.layer is None else pick(layers, args.layer, args.file)
+    listing = compile_listing(layer.weight, layer.bias, None, target=args.target, layout=args.layout)
+    text = listing if listing.endswith("\n") else listing + "\n"
+    if args.output:
+        args.output.write_text(text)
+    else:
+        sys.stdout.write(text)
+    return 0

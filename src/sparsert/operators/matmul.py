@@ -1,0 +1,261 @@
+"""``CompiledMatmul`` and ``CompiledLinear``: what :func:`sparsert.compile_matmul` and :func:`sparsert.compile_linear` return."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from ..codegen.vector import TILE
+from ..errors import AliasError, ShapeError, UnsupportedError
+from ..schedule.schedule import Schedule
+from ..schedule.task import Task
+from ..target import Target
+from .arrays import Array, as_input, as_output, empty, overlaps, packed_columns, require_shape, same_view
+
+
+class Product(Protocol):
+    """The computation behind an operator."""
+
+    def load(self, values: Array, bias: Array | None) -> None: ...
+
+    def run(self, x: Array, y: Array, r: Array | None, columns: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Facts about a compiled operator.
+
+    ``bytes_per_nonzero`` counts code and values; ``fmas_per_load`` is how many multiply-adds use each loaded vector of x.
+    ``code_bytes`` and what derives from it are 0 on the reference target.
+    """
+
+    nnz: int
+    density: float
+    code_bytes: int
+    value_bytes: int
+    bytes_per_nonzero: float
+    fmas_per_load: float
+    instructions: int
+    compile_seconds: float
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler hands to an operator: the task, how it was compiled, and the words about it."""
+
+    task: Task
+    target: Target
+    product: Product
+    stats: Stats
+    schedule: Schedule | None
+    reason: str
+    threads: int
+    list_code: Callable[[], str]
+
+
+class _Operator:
+    """Everything that does not depend on how x lies in memory."""
+
+    def __init__(self, compiled: Compiled, bias: Array | None) -> None:
+        self._compiled = compiled
+        self._bias = bias
+        self._pattern = compiled.task.pattern
+
+    @property
+    def stats(self) -> Stats:
+        """Nonzeros, code bytes, bytes per nonzero, multiply-adds per load."""
+        return self._compiled.stats
+
+    @property
+    def schedule(self) -> Schedule | None:
+        """How the product is blocked; None on the reference target."""
+        return self._compiled.schedule
+
+    @property
+    def target(self) -> str:
+        """Name of the target this was compiled for."""
+        return self._compiled.target.name
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(M, K) of the weight."""
+        return self._pattern.shape
+
+    def refit(self, new_weight: Any) -> None:
+        """New values for the compiled pattern; no new code. Calls under way finish with the old ones.
+
+        Args:
+            new_weight: (M, K), in any form that the compile functions take.
+
+        Raises:
+            PatternMismatchError: a nonzero lies outside the pattern; the operator is unchanged.
+            ValueRangeError: a value is not finite. ShapeError, DTypeError, FormatError: as at compile time.
+        """
+        from ..sparsity.pattern import require_finite
+
+        values = self._pattern.values_of(new_weight, "new_weight")
+        require_finite(values, "new_weight")
+        self._compiled.product.load(values, self._bias)
+
+    def listing(self) -> str:
+        """The machine code as text: offset, bytes, instruction; generated anew from pattern and schedule."""
+        return self._compiled.list_code()
+
+    def explain(self) -> str:
+        """What was compiled and why so, in a few lines."""
+        c, s = self._compiled, self._compiled.stats
+        t, p = c.task, self._pattern.stats()
+        tail = "".join((" + bias" if t.bias else "", " + residual" if t.residual == "before" else "",
+                        f" > {t.activation}{t.parameters or ''}" if t.activation else "",
+                        " + residual" if t.residual == "after" else ""))  # fmt: skip
+        lines = [
+            f"{p.rows}x{p.cols} sparse product{tail}, x {t.layout}, target {c.target.name}",
+            f"pattern   {p.nnz} nonzeros ({100 * (1 - p.density):.1f} % sparse), {p.row_min}..{p.row_max} per row, {p.empty_rows} empty rows",
+        ]
+        if c.schedule is not None:
+            lines += [
+                f"schedule  {c.schedule}",
+                f"because   {c.reason}",
+                f"code      {s.code_bytes} bytes, {s.instructions} instructions; with values {s.bytes_per_nonzero:.1f} bytes per nonzero",
+                f"reuse     {s.fmas_per_load:.2f} multiply-adds per loaded vector of x",
+            ]
+        lines.append(f"compiled  in {1e3 * s.compile_seconds:.1f} ms; runs on 1 of {c.threads} permitted threads")
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.shape[0]}x{self.shape[1]} nnz={self.stats.nnz} target={self.target}>"
+
+    def _residual(self, residual: Any, shape: tuple[int, ...]) -> Array | None:
+        compiled_so = self._compiled.task.residual
+        if (residual is None) != (compiled_so is None):
+            problem = "is missing" if residual is None else "was given"
+            raise UnsupportedError(f"a residual {problem}, but the operator was compiled with residual={compiled_so!r}", where="residual",
+                                   hint="Compile with residual='before' or 'after' to add one.")  # fmt: skip
+        if residual is None:
+            return None
+        array = as_input(residual, "residual")
+        require_shape(array, shape, "residual")
+        return array
+
+    def _run(self, x: Array, y: Array, r: Array | None, columns: int, axis: int) -> None:
+        """Run on arrays whose ``axis`` holds the columns; copies where the kernel cannot take them as they are."""
+        if y.size == 0:
+            return
+        if overlaps(x, y):
+            raise AliasError("out overlaps x, which is still read while out is written", where="out", hint="Pass another array.")
+        if r is not None and overlaps(r, y) and (columns % TILE or not same_view(r, y)):
+            r = r.copy()  # the last tile overlaps the one before and would read what that one wrote
+        x = x if packed_columns(x) else np.ascontiguousarray(x)
+        r = r if r is None or packed_columns(r) else np.ascontiguousarray(r)
+        target = y if packed_columns(y) else empty(y.shape)
+        if columns < TILE:
+            xp, rp = _padded(x, axis), None if r is None else _padded(r, axis)
+            yp = empty((y.shape[0], TILE) if axis == 1 else (TILE, y.shape[1]))
+            self._compiled.product.run(xp, yp, rp, TILE)
+            y[...] = yp[:, :columns] if axis == 1 else yp[:columns]
+            return
+        self._compiled.product.run(x, target, r, columns)
+        if target is not y:
+            y[...] = target
+
+
+def _padded(array: Array, axis: int) -> Array:
+    """At least one tile of columns, zeros behind the real ones."""
+    padded = np.zeros((array.shape[0], TILE) if axis == 1 else (TILE, array.shape[1]), np.float32)
+    (padded[:, : array.shape[1]] if axis == 1 else padded[: array.shape[0]])[...] = array
+    return padded
+
+
+class CompiledMatmul(_Operator):
+    """``y = act(W @ x + b)`` for one sparse W, compiled."""
+
+    def __call__(self, x: Any, out: Any = None, residual: Any = None) -> Array:
+        """Compute the product.
+
+        Args:
+            x: float32 (K, N), any N and any strides; rows whose elements lie back to back are read in place. Tile-major operators take
+                (T, K, 16), C-contiguous: column ``16 t + i`` of row ``k`` at ``[t, k, i]``.
+            out: float32 (M, N), or (T, M, 16), written and returned; a new array if None. It may be ``residual`` itself, not overlap x.
+            residual: float32 like ``out``, exactly if compiled with ``residual=``.
+
+        Raises:
+            ShapeError, DTypeError, AliasError, UnsupportedError: see :mod:`sparsert.errors`; nothing is written then.
+        """
+        x = as_input(x, "x")
+        m, k = self._pattern.shape
+        if self._compiled.task.layout == "tile_major":
+            return self._tiles(x, out, residual)
+        if x.ndim != 2 or x.shape[0] != k:
+            raise ShapeError(f"shape {x.shape} is not (K={k}, N)", where="x", hint=_transpose_hint(x, k))
+        shape = (m, x.shape[1])
+        y = empty(shape) if out is None else as_output(out, shape)
+        self._run(x, y, self._residual(residual, shape), x.shape[1], axis=1)
+        return y
+
+    def _tiles(self, x: Array, out: Any, residual: Any) -> Array:
+        m, k = self._pattern.shape
+        if x.ndim != 3 or x.shape[1:] != (k, TILE):
+            raise ShapeError(f"shape {x.shape} is not (T, K={k}, {TILE})", where="x", hint="Compile with layout='row_major' for (K, N).")
+        shape = (x.shape[0], m, TILE)
+        y = empty(shape) if out is None else as_output(out, shape)
+        r = self._residual(residual, shape)
+        for name, array in (("x", x), ("out", y), ("residual", r)):
+            if array is not None and not array.flags.c_contiguous:
+                raise ShapeError("tile-major arrays are C-contiguous", where=name, hint="Use np.ascontiguousarray.")
+        if y.size:
+            if overlaps(x, y):
+                raise AliasError("out overlaps x, which is still read while out is written", where="out", hint="Pass another array.")
+            if r is not None and overlaps(r, y) and not same_view(r, y):
+                r = r.copy()
+            self._compiled.product.run(x, y, r, x.shape[0] * TILE)
+        return y
+
+
+class CompiledLinear(_Operator):
+    """``y = act(x @ W.T + b)`` for one sparse W, as ``torch.nn.Linear``, compiled."""
+
+    def __call__(self, x: Any, out: Any = None, residual: Any = None) -> Array:
+        """Compute the product.
+
+        Args:
+            x: float32 (..., K). Leading axes that can be merged are read in place.
+            out: float32 (..., M), written and returned; a new array if None.
+            residual: float32 (..., M), exactly if compiled with ``residual=``.
+
+        Raises:
+            ShapeError, DTypeError, AliasError, UnsupportedError: see :mod:`sparsert.errors`; nothing is written then.
+        """
+        x = as_input(x, "x")
+        m, k = self._pattern.shape
+        if x.ndim < 1 or x.shape[-1] != k:
+            raise ShapeError(f"shape {x.shape} is not (..., K={k})", where="x", hint=_transpose_hint(x.T, k) if x.ndim == 2 else "")
+        shape = (*x.shape[:-1], m)
+        y = empty(shape) if out is None else as_output(out, shape)
+        r = self._residual(residual, shape)
+        rows = y.size // m if m else 0
+        if not rows:
+            return y
+        if overlaps(x, y):
+            raise AliasError("out overlaps x, which is still read while out is written", where="out", hint="Pass another array.")
+        x2, y2 = _forward(x.reshape(rows, k)), y.reshape(rows, m)
+        r2 = None if r is None else _forward(r.reshape(rows, m))
+        target = y2 if np.may_share_memory(y2, y) and _forward(y2) is y2 else empty((rows, m))
+        if self._compiled.task.layout == "transposed":
+            self._run(x2, target, r2, rows, axis=0)
+        else:  # fewer than four rows or columns: too narrow to transpose four at a time
+            self._run(x2.T, target.T, None if r2 is None else r2.T, rows, axis=1)
+        if target is not y2 or not np.may_share_memory(y2, y):
+            y[...] = target.reshape(shape)
+        return y
+
+
+def _forward(array: Array) -> Array:
+    """Rows that follow each other upwards in memory, or a copy: the kernel compares row addresses."""
+    return array if array.strides[0] >= 0 or array.shape[0] <= 1 else np.ascontiguousarray(array)
+
+
+def _transpose_hint(x: Array, k: int) -> str:
+    return "It looks transposed: pass x.T." if x.ndim == 2 and x.shape[-1] == k else ""

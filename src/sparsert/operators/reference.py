@@ -1,0 +1,66 @@
+"""The product in NumPy: the ``reference`` target, correct everywhere and slow."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..kernels.activations import ACTIVATIONS
+from ..schedule.task import Task
+from .arrays import Array
+
+_CHUNK = 1 << 22  # products held at once
+
+
+class ReferenceProduct:
+    """``act(W @ x + b)`` over the stored entries alone, accumulated in float64, rounded once."""
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self.values: Array = np.zeros(0, np.float32)
+        self.bias: Array | None = None
+
+    def load(self, values: Array, bias: Array | None) -> None:
+        self.values, self.bias = values, bias
+
+    def run(self, x: Array, y: Array, r: Array | None, columns: int) -> None:
+        """The same contract as the native product: x, y and r as the task's layout says."""
+        task = self.task
+        if task.layout == "tile_major":
+            for tile in range(x.shape[0]):
+                self._product(x[tile], y[tile], None if r is None else r[tile])
+        elif task.layout == "transposed":
+            self._product(x.T, y.T, None if r is None else r.T)
+        else:
+            self._product(x, y, r)
+
+    def _product(self, x: Array, y: Array, r: Array | None) -> None:
+        pattern, activation = self.task.pattern, self.task.activation
+        values, n = self.values.astype(np.float64), max(1, x.shape[1])
+        with np.errstate(all="ignore"):
+            start = 0
+            while start < pattern.rows:
+                stop = max(start + 1, int(np.searchsorted(pattern.indptr, pattern.indptr[start] + _CHUNK // n, "right")) - 1)
+                stop = min(stop, pattern.rows)
+                total = self._rows(values, x, start, stop)
+                if self.bias is not None:
+                    total += self.bias[start:stop, None]
+                residual = None if r is None else r[start:stop].astype(np.float64)
+                if self.task.residual == "before":
+                    total += residual
+                if activation is not None:
+                    total = ACTIVATIONS[activation].reference(total, *self.task.parameters)
+                if self.task.residual == "after":
+                    total = total + residual
+                y[start:stop] = total
+                start = stop
+
+    def _rows(self, values: NDArray[np.float64], x: Array, start: int, stop: int) -> NDArray[np.float64]:
+        pattern = self.task.pattern
+        lo, hi = int(pattern.indptr[start]), int(pattern.indptr[stop])
+        total = np.zeros((stop - start, x.shape[1]))
+        if hi > lo:
+            products = values[lo:hi, None] * x[pattern.indices[lo:hi]]
+            filled = np.flatnonzero(np.diff(pattern.indptr[start : stop + 1]))
+            total[filled] = np.add.reduceat(products, pattern.indptr[start:stop][filled] - lo, axis=0)
+        return total
