@@ -16,7 +16,7 @@ PEERS  = bench,mkl
 help:
 	@echo "make demo    set up $(VENV), compile and time the pruned layers of two public networks, draw a chart"
 	@echo "make test    set up $(VENV), run the fast tests (needs neither torch nor onnxruntime)"
-	@echo "make full    install the peers, run the long tests"
+	@echo "make full    install the peers, run every test, the long ones too"
 	@echo "make bench   install the peers, time the standard problems (ARGS='--problems mobilenet_v1 --json out.json')"
 	@echo "make lint    ruff, mypy --strict, import contracts"
 	@echo "make format  let ruff format and repair"
@@ -30,7 +30,7 @@ test: $(STAMPS)-test
 	$(BIN)/python -m pytest -n $(JOBS) -m '$(FAST)' $(ARGS)
 
 full: $(STAMPS)-full
-	$(BIN)/python -m pytest -n $(JOBS) -m 'full or peers' $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
 bench: $(STAMPS)-bench
 	$(BIN)/sparsert bench kernels $(ARGS)
@@ -69,5 +69,5 @@ PYTHON ?= $(firstword $(foreach name,python3 python3.14 python3.13 python3.12 py
 
 $(STAMPS)-venv:
 	@test -n "$(PYTHON)" || { echo "SparseRT needs Python 3.11 or newer; name one: make PYTHON=/path/to/python3" >&2; exit 1; }
-	$(PYTHON) -m venv --clear $(VENV)
+	$(PYTHON) -m venv $(VENV)
 	@touch $@

@@ -18,10 +18,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from sparsert.benchmarks.report import DENSE, Report
+from sparsert.benchmarks.table import console
 
 RESULTS = Path("bench") / "results"
 ROOT = Path(__file__).resolve().parent.parent
@@ -95,7 +95,7 @@ def main() -> int:
             print(f"== {line.name}: sparsert {shlex.join(line.command(extra))}", flush=True)
             if subprocess.run([sys.executable, "-m", "sparsert.cli.main", *line.command(extra)], cwd=ROOT).returncode:
                 failed.append(line.name)
-    Console().print(verdicts(chosen))
+    console().print(verdicts(chosen))
     if failed:
         print(f"did not run: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0

@@ -119,6 +119,13 @@ def test_a_full_disk(pip: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.M
     assert not list(tmp_path.iterdir())
 
 
+def test_a_full_disk_under_pip(pip: SimpleNamespace, tmp_path: Path) -> None:
+    pip.fail = "OSError: [Errno 28] No space left on device: 'a.whl'"
+    with pytest.raises(SparseRTError, match=r"No space left on device.*--cache") as caught:
+        demo.fetch(tmp_path, console())
+    assert caught.value.where == str(tmp_path)
+
+
 def test_a_cache_that_is_a_file(pip: SimpleNamespace, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(SparseRTError, match="cannot be written"):

@@ -84,7 +84,7 @@ def test_explicit_zeros_belong_to_the_pattern() -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("index_type", ["uint8", "uint16", "int32"])
-def test_conv_layer(rng: np.random.Generator, dtype: str, index_type: str) -> None:
+def test_conv_layer(rng: np.random.Generator, dtype: str, index_type: str, tmp_path: Path) -> None:
     net = Network()
     weight, mask = pruned(rng, (12, 20), dtype=dtype)
     bias = rng.standard_normal(12).astype(dtype)
@@ -102,6 +102,11 @@ def test_conv_layer(rng: np.random.Generator, dtype: str, index_type: str) -> No
     assert layer.weight.pattern.nnz == mask.sum()
     assert again.bias is None
     assert again.columns == 9
+    path = tmp_path / "net.tflite"
+    path.write_bytes(net.pack())
+    first, second = load_layers(path)
+    assert (first.note, first.columns, first.activation) == ("stride 2x2", 25, ("clip", 0.0, 6.0))
+    assert (second.note, second.columns, second.activation) == ("", 9, None)
 
 
 def test_fully_connected_and_dense_storage(rng: np.random.Generator, tmp_path: Path) -> None:
@@ -275,6 +280,11 @@ def test_non_finite_weights_name_their_layer() -> None:
     with pytest.raises(ValueRangeError) as caught:
         read_layers(net.pack(), "net.tflite")
     assert caught.value.where == "net.tflite: nan"
+    net = Network()
+    net.conv("net", np.ones((2, 2), np.float32), np.ones((2, 2), bool), np.array([1, np.inf], np.float32))
+    with pytest.raises(ValueRangeError) as caught:
+        read_layers(net.pack(), "net.tflite")
+    assert caught.value.where == "net.tflite: net: bias"
 
 
 @pytest.mark.parametrize("part", ["operators", "graphs"])

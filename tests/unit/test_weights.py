@@ -269,6 +269,13 @@ def test_bad_csr_groups(tmp_path: Path, part: str, value: list[float]) -> None:
     assert "pw" in str(caught.value)
 
 
+@pytest.mark.parametrize("value", [1e300, np.inf, np.nan])
+def test_bias_that_is_not_finite(tmp_path: Path, weight: np.ndarray, value: float) -> None:
+    np.savez(tmp_path / "w.npz", **{"fc.w": weight, "fc.b": np.full(7, value)})
+    with pytest.raises(ValueRangeError, match=r"fc\.b"):
+        load_layers(tmp_path / "w.npz")
+
+
 def test_files_without_a_layer(tmp_path: Path) -> None:
     np.savez(tmp_path / "none.npz", counts=np.arange(3))
     with pytest.raises(FormatError, match="no layer"):

@@ -79,9 +79,9 @@ def torch_forms(threads: int) -> list[Form]:
 
     forms = [Form("W@X", "kn", product), Form("linear", "nk", linear), Form("conv 1x1", "kn", convolution)]
     packed_forms: list[tuple[str, Callable[[Layer], Bound], Callable[[], Any]]] = [
-        ("linear, MKL packed", linear_mkl_packed, lambda: torch.ops.mkl._mkl_linear),
-        ("linear, oneDNN packed", linear_onednn_packed, lambda: torch.ops.mkldnn._linear_pointwise),
-        ("conv 1x1 NHWC, oneDNN packed", convolution_packed, lambda: torch.ops.mkldnn._convolution_pointwise),
+        ("linear MKL packed", linear_mkl_packed, lambda: torch.ops.mkl._mkl_linear),
+        ("linear oneDNN", linear_onednn_packed, lambda: torch.ops.mkldnn._linear_pointwise),
+        ("conv 1x1 NHWC oneDNN", convolution_packed, lambda: torch.ops.mkldnn._convolution_pointwise),
     ]
     for name, bind, operator in packed_forms:
         try:  # builds of torch without MKL or oneDNN lack these operators

@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     from ..compiler import compile_listing
 
     layer = layers[0] if args.layer is None else pick(layers, args.layer, args.file)
-    listing = compile_listing(layer.weight, layer.bias, None, target=args.target, layout=args.layout)
+    listing = compile_listing(layer.weight, layer.bias, layer.activation, target=args.target, layout=args.layout)
     text = listing if listing.endswith("\n") else listing + "\n"
     if args.output:
         args.output.write_text(text)

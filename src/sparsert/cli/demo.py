@@ -7,6 +7,7 @@ compiled, checked against a float64 product, and timed beside the dense and spar
 from __future__ import annotations
 
 import argparse
+import errno
 import hashlib
 import os
 import shlex
@@ -162,6 +163,8 @@ def download(scratch: Path, missing: Sequence[Model], folder: Path) -> Path:
     wheels = sorted(scratch.glob("*.whl"))
     if done.returncode or not wheels:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
+        if os.strerror(errno.ENOSPC) in done.stderr:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
         files = "; ".join(f"{folder / model.name} (SHA-256 {model.sha256})" for model in missing)
         raise MissingDependencyError(f"pip cannot download {PACKAGE}: {lines[-1] if lines else 'no wheel came'}",
                                      where="demo", hint=f"Connect, or place by hand: {files}.")  # fmt: skip
@@ -228,7 +231,10 @@ def compile_and_check(path: Path, target: str, out: Console) -> list[Compiled]:
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=f"{path.name}: its pruned layers, compiled for {target}", title_justify="left", box=SIMPLE_HEAD)
+    from ..runtime.host import resolve
+
+    name = resolve(target).name
+    table = Table(title=f"{path.name}: its pruned layers, compiled for {name}", title_justify="left", box=SIMPLE_HEAD)
     table.add_column("layer")
     for header in ("M x K x N", "nonzeros", "zeros", "compiled in", "code", "error / bound"):
         table.add_column(header, justify="right")

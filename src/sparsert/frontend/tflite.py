@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import FormatError, SparseRTError
-from ..sparsity.pattern import SparseMatrix, as_sparse, from_csr
+from ..sparsity.pattern import SparseMatrix, as_sparse, from_csr, require_finite
 from .flatbuffer import Table, Tables
 
 # BuiltinOperator, BuiltinOptions, TensorType and ActivationFunctionType of schema.fbs, as far as they matter here.
@@ -149,9 +149,10 @@ class _Graph:
                 except _Skip as reason:
                     self.reader.skip(name, str(reason))
                 except SparseRTError as error:
-                    if name in error.where:
+                    place = f"{self.reader.where}: {name}"
+                    if not name or error.where.startswith(place):
                         raise
-                    raise type(error)(error.what, where=f"{self.reader.where}: {name}", hint=error.hint) from None
+                    raise type(error)(error.what, where=place, hint=error.hint) from None
                 else:
                     yield layer
 
@@ -210,24 +211,27 @@ class _Graph:
                 raise _Skip("it is a grouped convolution")
         elif len(shape) != 2 or (options is not None and options.scalar(1, "b") != 0):
             raise _Skip("its weights are shuffled or not a matrix")
-        weight, encoded = self._weight(stored, (shape[0], shape[-1]), shape, f"{self.reader.where}: {name}")
+        where = f"{self.reader.where}: {name}"
+        weight, encoded = self._weight(stored, (shape[0], shape[-1]), shape, where)
         result = _shape(self.tensors[int(outputs[0])]) if outputs.size else ()
         places = result[1:-1] if code == CONV_2D else result[:-1]
         return TfliteLayer(
             self.reader.unique(name), "conv 1x1" if code == CONV_2D else "fully connected", weight,
-            self._bias(int(inputs[2]), shape[0]) if inputs.size > 2 and inputs[2] >= 0 else None,
+            self._bias(int(inputs[2]), shape[0], where) if inputs.size > 2 and inputs[2] >= 0 else None,
             stride, math.prod(places) if places and min(places) > 0 else None,
             ACTIVATIONS.get(activation, f"activation {activation}"), encoded,
         )  # fmt: skip
 
-    def _bias(self, index: int, rows: int) -> NDArray[np.float32] | None:
+    def _bias(self, index: int, rows: int, where: str) -> NDArray[np.float32] | None:
         values = self._floats(self._stored(index))
         if values is None:
             raise _Skip("its bias is not a float constant")
         if values.size != rows:
             raise FormatError(f"{values.size} bias values for {rows} outputs")
         self.reader.spend(rows)
-        return values.astype(np.float32)
+        bias = values.astype(np.float32)
+        require_finite(bias, f"{where}: bias")
+        return bias
 
     def _floats(self, tensor: Table) -> NDArray[Any] | None:
         """The stored numbers of a tensor, flat; None when it is no constant or no float tensor."""

@@ -26,14 +26,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import FormatError, UnsupportedError
-from ..sparsity.pattern import Pattern, SparseMatrix, as_sparse, from_csr
+from ..sparsity.pattern import Pattern, SparseMatrix, as_sparse, from_csr, require_finite
 from .container import MAX_BYTES, Archive, read_file, read_npy, some
 from .tflite import read_layers
+
+Activation = str | tuple[str, float, float] | None
 
 MAX_EXTENT = 2**24  # rows or columns of a layer from a file; statistics of a pattern take a few words for each
 MIN_ZEROS = 0.5  # a matrix that a .tflite file stores densely is a pruned layer if half of it is zero
 
 _DENSE_NAME = re.compile(r"(.+)[./](?:w|weight|kernel)")
+# TensorFlow Lite's fused activations that compile_matmul knows.
+_ACTIVATIONS: dict[str, Activation] = {
+    "relu": "relu",
+    "relu6": ("clip", 0.0, 6.0),
+    "relu_n1_to_1": ("clip", -1.0, 1.0),
+}
 _CSR_PARTS = ("data", "indices", "indptr", "shape")
 _SMTX_CHARS = bytes(range(48, 58)) + b" \t\r"
 
@@ -47,7 +55,8 @@ class Layer:
         weight: (M, K) with its pattern.
         bias: (M,) float32, where the file has one.
         columns: N, the number of output positions of one image, where the file tells.
-        note: what a reader of a benchmark row should know: the kind of layer, or where the values come from.
+        note: what a reader of a benchmark row should know beyond name and shape: where values come from, a stride.
+        activation: what follows in the network, as ``compile_matmul`` takes it.
     """
 
     name: str
@@ -55,6 +64,7 @@ class Layer:
     bias: NDArray[np.float32] | None = None
     columns: int | None = None
     note: str = ""
+    activation: Activation = None
 
 
 def load_layers(path: str | os.PathLike[str]) -> list[Layer]:
@@ -254,9 +264,13 @@ def _read_tflite(path: Path) -> list[Layer]:
     for layer, name in zip(found, names, strict=True):
         entries = layer.weight.shape[0] * layer.weight.shape[1]
         if layer.encoded or layer.weight.pattern.nnz <= (1 - MIN_ZEROS) * entries:
-            stride = "" if layer.stride == (1, 1) else f", stride {layer.stride[0]}x{layer.stride[1]}"
-            act = f", {layer.activation}" if layer.activation else ""
-            layers.append(Layer(name, layer.weight, layer.bias, layer.columns, layer.kind + stride + act))
+            facts = [layer.kind] if layer.kind != "conv 1x1" else []
+            facts += [f"stride {layer.stride[0]}x{layer.stride[1]}"] if layer.stride != (1, 1) else []
+            layers.append(
+                Layer(
+                    name, layer.weight, layer.bias, layer.columns, ", ".join(facts), _ACTIVATIONS.get(layer.activation)
+                )
+            )
     if not layers:
         what = f"none of {len(found)} 1x1 convolutions and fully connected layers is pruned"
         raise FormatError(what, where=str(path), hint=f"Left out: {some(skipped, 4)}.")
@@ -293,7 +307,10 @@ def _bias(arrays: Mapping[str, NDArray[Any]], name: str, rows: int, where: str) 
             bias = arrays[key]
             if bias.shape != (rows,) or bias.dtype.kind != "f":
                 raise FormatError(f"bias {key} is {bias.dtype} {bias.shape}, not {rows} floats", where=where)
-            return bias.astype(np.float32)
+            with np.errstate(over="ignore"):  # what does not fit is infinite, and said so
+                narrow = bias.astype(np.float32)
+            require_finite(narrow, f"{where}: {key}")
+            return narrow
     return None
 
 

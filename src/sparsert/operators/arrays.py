@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import AliasError, DTypeError, ShapeError, ValueRangeError
+from ..runtime.cpu import address_of
 
 Array = NDArray[np.float32]
 _F32 = np.dtype(np.float32)
@@ -27,7 +28,7 @@ def as_input(value: Any, where: str) -> Array:
         except (BufferError, RuntimeError, TypeError, ValueError) as error:
             raise DTypeError(f"this tensor cannot be viewed as a CPU array: {error}", where=where,
                              hint="Detach it and move it to the CPU.") from error  # fmt: skip
-    if value.dtype != _F32:
+    if value.dtype is not _F32 and value.dtype != _F32:
         raise DTypeError(f"{value.dtype} is not float32", where=where, hint="Convert with .astype('float32').")
     return np.asarray(value)
 
@@ -71,4 +72,4 @@ def overlaps(a: Array, b: Array) -> bool:
 
 def same_view(a: Array, b: Array) -> bool:
     """Whether two arrays are the same elements in the same order."""
-    return bool(a.__array_interface__["data"] == b.__array_interface__["data"] and a.shape == b.shape and a.strides == b.strides)
+    return address_of(a) == address_of(b) and a.shape == b.shape and a.strides == b.strides

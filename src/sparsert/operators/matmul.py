@@ -128,6 +128,12 @@ class _Operator:
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.shape[0]}x{self.shape[1]} nnz={self.stats.nnz} target={self.target}>"
 
+    def _output(self, out: Any, shape: tuple[int, ...], x: Array) -> Array:
+        y = as_output(out, shape)
+        if y.size and overlaps(x, y):
+            raise AliasError("out overlaps x, which is still read while out is written", where="out", hint="Pass another array.")
+        return y
+
     def _residual(self, residual: Any, shape: tuple[int, ...]) -> Array | None:
         compiled_so = self._compiled.task.residual
         if (residual is None) != (compiled_so is None):
@@ -144,8 +150,6 @@ class _Operator:
         """Run on arrays whose ``axis`` holds the columns; copies where the kernel cannot take them as they are."""
         if y.size == 0:
             return
-        if overlaps(x, y):
-            raise AliasError("out overlaps x, which is still read while out is written", where="out", hint="Pass another array.")
         if r is not None and overlaps(r, y) and (columns % TILE or not same_view(r, y)):
             r = r.copy()  # the last tile overlaps the one before and would read what that one wrote
         x = x if packed_columns(x) else np.ascontiguousarray(x)
@@ -191,7 +195,7 @@ class CompiledMatmul(_Operator):
         if x.ndim != 2 or x.shape[0] != k:
             raise ShapeError(f"shape {x.shape} is not (K={k}, N)", where="x", hint=_transpose_hint(x, k))
         shape = (m, x.shape[1])
-        y = empty(shape) if out is None else as_output(out, shape)
+        y = empty(shape) if out is None else self._output(out, shape, x)
         self._run(x, y, self._residual(residual, shape), x.shape[1], axis=1)
         return y
 
@@ -200,14 +204,12 @@ class CompiledMatmul(_Operator):
         if x.ndim != 3 or x.shape[1:] != (k, TILE):
             raise ShapeError(f"shape {x.shape} is not (T, K={k}, {TILE})", where="x", hint="Compile with layout='row_major' for (K, N).")
         shape = (x.shape[0], m, TILE)
-        y = empty(shape) if out is None else as_output(out, shape)
+        y = empty(shape) if out is None else self._output(out, shape, x)
         r = self._residual(residual, shape)
         for name, array in (("x", x), ("out", y), ("residual", r)):
             if array is not None and not array.flags.c_contiguous:
                 raise ShapeError("tile-major arrays are C-contiguous", where=name, hint="Use np.ascontiguousarray.")
         if y.size:
-            if overlaps(x, y):
-                raise AliasError("out overlaps x, which is still read while out is written", where="out", hint="Pass another array.")
             if r is not None and overlaps(r, y) and not same_view(r, y):
                 r = r.copy()
             self._compiled.product.run(x, y, r, x.shape[0] * TILE)
@@ -233,13 +235,11 @@ class CompiledLinear(_Operator):
         if x.ndim < 1 or x.shape[-1] != k:
             raise ShapeError(f"shape {x.shape} is not (..., K={k})", where="x", hint=_transpose_hint(x.T, k) if x.ndim == 2 else "")
         shape = (*x.shape[:-1], m)
-        y = empty(shape) if out is None else as_output(out, shape)
+        y = empty(shape) if out is None else self._output(out, shape, x)
         r = self._residual(residual, shape)
         rows = y.size // m if m else 0
         if not rows:
             return y
-        if overlaps(x, y):
-            raise AliasError("out overlaps x, which is still read while out is written", where="out", hint="Pass another array.")
         x2, y2 = _forward(x.reshape(rows, k)), y.reshape(rows, m)
         r2 = None if r is None else _forward(r.reshape(rows, m))
         target = y2 if np.may_share_memory(y2, y) and _forward(y2) is y2 else empty((rows, m))

@@ -16,6 +16,7 @@ from ..schedule.task import Task
 from ..target import Target
 
 Array = NDArray[np.float32]
+_SHAPES = 32  # shapes and pitches whose frames are kept
 
 
 class NativeProduct:
@@ -24,53 +25,64 @@ class NativeProduct:
     def __init__(self, task: Task, schedule: Schedule, target: Target, kernel: Kernel, executable: Executable) -> None:
         self.task, self.schedule, self.target, self.kernel = task, schedule, target, kernel
         self.executable = executable
-        self.values: Array = aligned_empty(0)
-        self._frames: list[Frame] = []
+        self._values: tuple[Array, int] = (aligned_empty(0), 0)
+        self._frames: dict[tuple[int, ...], list[Frame]] = {}
 
     def load(self, values: Array, bias: Array | None) -> None:
         """Pack new values; calls under way keep the ones they started with."""
         packed = aligned_empty(max(self.kernel.plan.slots, 1))
         self.kernel.pack(values, bias, packed)
-        self.values = packed
+        self._values = packed, address_of(packed)
 
     def run(self, x: Array, y: Array, r: Array | None, columns: int) -> None:
         """One call. ``columns`` >= 16 of row-major or transposed arrays whose innermost stride is one element, or whole tiles."""
-        task, tiles = self.task, -(-columns // TILE)
-        group = tiles_per_group(task, self.schedule, self.target, tiles)
-        frame = self._frames.pop() if self._frames else Frame(SLOTS)
-        s, values = frame.slots, self.values
+        key = (columns, x.strides[0], y.strides[0], 0 if r is None else r.strides[0])
+        free = self._frames.get(key)
+        frame = free.pop() if free else self._frame(*key)
+        values, weights = self._values  # held here: a refit meanwhile does not free what this call reads
         xa, ya, ra = address_of(x), address_of(y), 0 if r is None else address_of(r)
-        s[Arg.X], s[Arg.Y], s[Arg.R], s[Arg.W] = xa, ya, ra, address_of(values)
-        s[Arg.TILES], s[Arg.GROUP] = tiles, group
+        x_last, y_last, r_last = frame.last
+        frame.fill(xa, ya, ra, weights, xa + x_last, ya + y_last, ra + r_last)
+        self.executable.call(frame.address)
+        if len(self._frames) > _SHAPES:
+            self._frames.clear()
+        self._frames.setdefault(key, []).append(frame)
+        del values
+
+    def _frame(self, columns: int, x_pitch: int, y_pitch: int, r_pitch: int) -> Frame:
+        """An argument block for arrays of these shapes and pitches, all but the addresses filled in."""
+        task, tiles = self.task, -(-columns // TILE)
         m, k = task.pattern.shape
-        if task.layout == "tile_major":
-            steps = [k * TILE_BYTES, m * TILE_BYTES, m * TILE_BYTES]
-        else:
-            pitches = [x.strides[0], y.strides[0], 0 if r is None else r.strides[0]]
-            s[Arg.X_PITCH : Arg.X_TILE] = [p * n for p in pitches for n in (1, 3, 5, 7)]
-            steps = [TILE_BYTES] * 3 if task.layout == "row_major" else [TILE * p for p in pitches]
-            ahead = columns - TILE
-            s[Arg.X_LAST : Arg.X_PITCH] = [base + ahead * step // TILE for base, step in zip((xa, ya, ra), steps, strict=True)]
+        pitches = (x_pitch, y_pitch, r_pitch)
+        steps = {
+            "row_major": (TILE_BYTES,) * 3,
+            "transposed": tuple(TILE * pitch for pitch in pitches),
+            "tile_major": (k * TILE_BYTES, m * TILE_BYTES, m * TILE_BYTES),
+        }[task.layout]
+        group = tiles_per_group(task, self.schedule, self.target, tiles)
+        frame = Frame(SLOTS, tuple((columns - TILE) * step // TILE for step in steps), self._scratch_rows() * group * TILE)
+        s = frame.slots
+        s[Arg.X_PITCH : Arg.X_TILE] = [pitch * n for pitch in pitches for n in (1, 3, 5, 7)]
         s[Arg.X_TILE : Arg.X_GROUP] = steps
         s[Arg.X_GROUP : Arg.TILES] = [step * group for step in steps]
-        self._scratch(frame, group)
-        self.executable.call(frame.address)
-        self._frames.append(frame)
+        s[Arg.TILES], s[Arg.GROUP] = tiles, group
+        at = address_of(frame.scratch)
+        for slot, rows in self._panels().items():
+            s[slot] = at
+            at += rows * group * TILE_BYTES
+        return frame
 
-    def _scratch(self, frame: Frame, group: int) -> None:
-        """Panels of one group, each behind the other."""
-        task, s = self.task, frame.slots
+    def _panels(self) -> dict[Arg, int]:
+        """Rows of each scratch panel that a column tile needs."""
+        task = self.task
         m, k = task.pattern.shape
         staged = task.layout == "transposed"
-        sizes = {
+        return {
             Arg.PANEL: k if staged or (self.schedule.packed and task.layout == "row_major") else 0,
             Arg.R_PANEL: m if staged and task.residual else 0,
             Arg.Y_PANEL: m if staged else 0,
             Arg.PARTIAL: m if self.kernel.plan.segments > 1 else 0,
         }
-        total = sum(sizes.values())
-        if total:
-            at = frame.reserve(total * group * TILE)
-            for slot, rows in sizes.items():
-                s[slot] = at
-                at += rows * group * TILE_BYTES
+
+    def _scratch_rows(self) -> int:
+        return sum(self._panels().values())

@@ -14,31 +14,29 @@ ENCODINGS = {"x86-avx512": EVEX512, "x86-avx2": VEX256}
 
 
 def assemble(program: Program, isa: str) -> CodeObject:
-    instructions, _ = lower(program, ENCODINGS[isa])
-    encoded = encode(instructions, program.labels)
+    encoded = encode(lower(program, ENCODINGS[isa]), program.labels)
     pool = np.repeat(np.array(program.constants, "<u4"), TILE).tobytes()
-    return CodeObject(isa, encoded.code.tobytes() + pool, encoded.code.size, int(instructions["row"].size))
+    return CodeObject(isa, encoded.code.tobytes() + pool, encoded.code.size, encoded.offsets.size - 1)
 
 
 def listing(program: Program, isa: str) -> str:
     """Offset, bytes and instruction in Intel syntax, a line each, with the kernel's remarks at the labels."""
-    c, _ = lower(program, ENCODINGS[isa])
-    encoded = encode(c, program.labels)
-    raw, size = encoded.code.tobytes(), encoded.code.size
-    lines: list[str] = []
-    columns = {name: column.tolist() for name, column in c.items()}
-    offsets = encoded.offsets.tolist()
-    for i, number in enumerate(columns["row"]):
-        if number == LABEL:
-            label = columns["imm"][i]
-            note = program.notes.get(label, "")
-            lines.append(f"L{label}:" + (f"  ; {note}" if note else ""))
-        elif number == ALIGN:
-            if offsets[i + 1] > offsets[i]:
-                lines.append(f"{offsets[i]:8x}  {raw[offsets[i] : offsets[i + 1]].hex():<24} nop")
-        else:
-            text = instruction_text(NAMES[number], {name: column[i] for name, column in columns.items()})
-            lines.append(f"{offsets[i]:8x}  {raw[offsets[i] : offsets[i + 1]].hex():<24} {text}")
+    batches = lower(program, ENCODINGS[isa])
+    encoded = encode(batches, program.labels)
+    raw, size, offsets = encoded.code.tobytes(), encoded.code.size, encoded.offsets.tolist()
+    lines = [""] * (len(offsets) - 1)
+    for batch in batches:
+        fields = {key: np.broadcast_to(value, batch.place.size).tolist() for key, value in batch.fields.items()}
+        for i, place in enumerate(batch.place.tolist()):
+            one = {key: value[i] for key, value in fields.items()}
+            if batch.row == LABEL:
+                note = program.notes.get(one["imm"], "")
+                lines[place] = f"L{one['imm']}:" + (f"  ; {note}" if note else "")
+                continue
+            text = "nop" if batch.row == ALIGN else instruction_text(NAMES[batch.row], batch.encoding, one, batch.bcast)
+            if offsets[place + 1] > offsets[place]:
+                lines[place] = f"{offsets[place]:8x}  {raw[offsets[place] : offsets[place + 1]].hex():<24} {text}"
+    lines = [line for line in lines if line]
     if program.constants:
         lines.append(f"L{program.labels}:  ; constants")
     for k, bits in enumerate(program.constants):
@@ -51,9 +49,9 @@ _GENERAL = "rax rcx rdx rbx rsp rbp rsi rdi r8 r9 r10 r11 r12 r13 r14 r15".split
 _WIDTH = ("xmm", "ymm", "zmm")
 
 
-def instruction_text(name: str, c: dict[str, int]) -> str:
+def instruction_text(name: str, enc: int, c: dict[str, int], bcast: bool = False) -> str:
     """One instruction in Intel syntax, as GNU as reads it."""
-    row, enc = ROWS[name], c["enc"]
+    row = ROWS[name]
     length = 0 if enc == LEGACY else (enc - EVEX128 if enc >= EVEX128 else enc - VEX128)
     length = row.fixed_length if row.fixed_length >= 0 else length
 
@@ -66,12 +64,12 @@ def instruction_text(name: str, c: dict[str, int]) -> str:
         if c["base"] == RIP:
             return f"[rip+L{c['disp']}]"
         text = _GENERAL[c["base"]]
-        if c["index"] >= 0:
-            text += f"+{_GENERAL[c['index']]}*{1 << c['scale']}"
-        if c["disp"]:
+        if c.get("index", -1) >= 0:
+            text += f"+{_GENERAL[c['index']]}*{1 << c.get('scale', 0)}"
+        if c.get("disp"):
             text += f"{'+' if c['disp'] > 0 else '-'}{abs(c['disp']):#x}"
-        broadcast = f"{{1to{4 << length}}}" if c["bcast"] else ""
-        size = ("dword" if c["bcast"] or row.tuple == Tuple.T1S else "xmmword" if kind == "4" or length == 0 and kind in "xq"
+        broadcast = f"{{1to{4 << length}}}" if bcast else ""
+        size = ("dword" if bcast or row.tuple == Tuple.T1S else "xmmword" if kind == "4" or length == 0 and kind in "xq"
                 else ("", "ymmword", "zmmword")[length])  # fmt: skip
         size = "qword" if enc == LEGACY else size
         prefix = "" if name in ("lea", "prefetcht1") else f"{size} ptr "
@@ -85,11 +83,11 @@ def instruction_text(name: str, c: dict[str, int]) -> str:
         elif letter == "v":
             words.append(register(kind, c["vvvv"]))
         elif letter == "m":
-            words.append(register(kind, c["rm"]) if c["rm"] >= 0 else memory(kind))
+            words.append(register(kind, c["rm"]) if "rm" in c else memory(kind))
         elif letter == "s":
             words.append(register(kind, c["imm"]))
         else:
             words.append(f"L{c['imm']}" if letter == "b" else f"{c['imm']:#x}")
-    if c["mask"] and words:
-        words[0] += f"{{k{c['mask']}}}" + ("{z}" if c["zero"] else "")
+    if c.get("mask") and words:
+        words[0] += f"{{k{c['mask']}}}" + ("{z}" if c.get("zero") else "")
     return f"{row.mnemonic or name.removesuffix('_x')} {', '.join(words)}".rstrip()

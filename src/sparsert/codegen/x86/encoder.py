@@ -1,13 +1,12 @@
 """The batch encoder: columns of instructions in, bytes out, without a Python object per instruction.
 
-All instructions that share a row of the table, an encoding and an operand kind are encoded together: their bytes are assembled
-as 64-bit words with array arithmetic. A block of equal instructions costs some thirty array operations however long it is.
+A batch holds any number of instructions that share a row of the table and an encoding; their bytes are assembled as 64-bit words with
+array arithmetic. That costs some thirty array operations however long the batch is.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,131 +16,138 @@ from .table import ALIGN, LABEL, M0F, M1, NAMES, ROWS, Row, Tuple
 
 LEGACY, VEX128, VEX256, EVEX128, EVEX256, EVEX512 = range(6)
 RIP = 16  # as ``base``: ``disp`` is a label
-FIELDS = ("row", "enc", "reg", "vvvv", "rm", "base", "index", "scale", "disp", "imm", "mask", "zero", "bcast")
-DEFAULTS = {"rm": -1, "index": -1}
-DTYPES = {"disp": np.int64, "imm": np.int64}  # the others are int8 or uint8
 
-Instructions = dict[str, NDArray[Any]]
 Words = NDArray[np.uint64]
 Ints = NDArray[np.int64]
+Field = int | NDArray[np.integer]  # one value for the whole batch, or one per instruction
 
 _ROWS = tuple(ROWS[name] for name in NAMES)
 _MANDATORY = (0, 0x66, 0xF3, 0xF2)
+_NUMBERS = np.arange(32)
+# What a register number contributes to the first six bytes of an EVEX instruction: ModRM.reg with R and R', vvvv with V'.
+_EVEX_REG = (_NUMBERS & 7) << 43 | (~_NUMBERS & 8) << 12 | (~_NUMBERS & 16) << 8
+_EVEX_VVVV = (~_NUMBERS & 15) << 19 | (~_NUMBERS & 16) << 23
+_KINDS = {LEGACY: "L", VEX128: "V", VEX256: "V", EVEX128: "E", EVEX256: "E", EVEX512: "E"}
 
 
-def allocate(n: int) -> Instructions:
-    """Columns for ``n`` instructions, filled with what an absent operand reads as.
+@dataclass(frozen=True)
+class Batch:
+    """Instructions of one table row and encoding.
 
-    ``rm`` is -1 for a memory operand, then ``[base + index * 2**scale + disp]``; ``reg``/``vvvv``/``rm`` are register numbers;
-    ``bcast`` asks for an embedded broadcast; ``imm`` of a branch is its label.
+    Attributes:
+        row: row number in the table, or ``LABEL`` (its number in ``imm``) or ``ALIGN`` (bytes in ``imm``).
+        place: (n,) position of each in the instruction stream.
+        fields: ``reg``, ``vvvv``, ``rm``; memory operands instead of ``rm``: ``base``, ``index``, ``scale``, ``disp`` for
+            ``[base + index * 2**scale + disp]``; ``imm`` (of a branch: its label); ``mask``, ``zero``. Absent ones do not occur.
+        bcast: embedded broadcast.
     """
-    columns: Instructions = {}
-    for name in FIELDS:
-        dtype = np.uint8 if name == "row" else DTYPES.get(name, np.int8)
-        columns[name] = np.full(n, DEFAULTS[name], dtype) if name in DEFAULTS else np.zeros(n, dtype)
-    return columns
+
+    row: int
+    encoding: int
+    place: Ints
+    fields: dict[str, Field] = field(default_factory=dict)
+    bcast: bool = False
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Bytes, and the offset at which every instruction starts (one more entry for the end)."""
+    """Bytes, the offset at which every instruction starts (one more entry for the end), and where the labels lie."""
 
     code: NDArray[np.uint8]
     offsets: Ints
     labels: Ints
 
 
-def encode(c: Instructions, labels: int) -> Encoded:
-    """Encode, lay out, and resolve labels. ``row`` may be ``LABEL`` (its number in ``imm``) or ``ALIGN`` (bytes in ``imm``).
+def encode(batches: list[Batch], labels: int) -> Encoded:
+    """Encode, lay out, and resolve labels.
 
     One label more than ``labels`` may be referred to: the end of the code, padded to a cache line, where constants go.
     """
-    n = c["row"].size
+    n = sum(batch.place.size for batch in batches)
     low, high, length = np.zeros(n, np.uint64), np.zeros(n, np.uint64), np.zeros(n, np.int64)
-    memory = c["rm"] < 0
-    key = c["row"].astype(np.int32)
-    key <<= 5
-    key |= c["enc"].astype(np.int32) << 2
-    key |= (c["bcast"] != 0).astype(np.int32) << 1
-    key |= memory
-    for group in np.flatnonzero(np.bincount(key)).tolist():
-        row = group >> 5
-        if row < len(_ROWS):
-            rows = np.flatnonzero(key == group)
-            encoding, bcast, mem = (group >> 2) & 7, bool(group & 2), bool(group & 1)
-            low[rows], high[rows], length[rows] = _encode_group(row, encoding, bcast, mem, c, rows)
-    _align(c, length, low, high)
+    for batch in batches:
+        if batch.row < len(_ROWS) and batch.place.size:
+            low[batch.place], head, length[batch.place] = _encode(batch)
+            if head is not None:
+                high[batch.place] = head
+    for batch in batches:
+        if batch.row == ALIGN:
+            _align(batch, length, low, high)
     offsets = np.zeros(n + 1, np.int64)
     np.cumsum(length, out=offsets[1:])
     places = np.full(labels + 1, -1, np.int64)
     places[labels] = (offsets[n] + 63) // 64 * 64
-    is_label = np.flatnonzero(c["row"] == LABEL)
-    places[c["imm"][is_label]] = offsets[is_label]
+    for batch in batches:
+        if batch.row == LABEL:
+            places[batch.fields["imm"]] = offsets[batch.place]
     code = _flatten(low, high, length, offsets, int(places[labels]))
-    _resolve(c, code, offsets, places)
+    for batch in batches:
+        if batch.row < len(_ROWS):
+            _resolve(batch, code, offsets, places)
     return Encoded(code, offsets, places)
 
 
-def _encode_group(number: int, encoding: int, bcast: bool, mem: bool, c: Instructions, rows: Ints) -> tuple[Words, Words, Ints]:
-    row = _ROWS[number]
-    legal = {LEGACY: "L", VEX128: "V", VEX256: "V"}.get(encoding, "E")
-    if legal not in row.encodings or (bcast and (legal != "E" or row.tuple != Tuple.FULL or not mem)):
-        raise InternalError(f"{NAMES[number]} has no such encoding ({legal}, broadcast={bcast})")
-    n = rows.size
-    none = np.zeros(n, np.int64)
-    reg = none + row.digit if row.digit >= 0 else c["reg"][rows].astype(np.int64) if "r" in row.operands else none
-    vvvv = c["vvvv"][rows].astype(np.int64) if "v" in row.operands else none
+def _encode(batch: Batch) -> tuple[Words, Words | None, Ints | int]:
+    """Low and high words (None where no instruction is longer than 8 bytes) and lengths."""
+    row, f, kind, n = _ROWS[batch.row], batch.fields, _KINDS[batch.encoding], batch.place.size
+    mem = "base" in f
+    if kind not in row.encodings or (batch.bcast and (kind != "E" or row.tuple != Tuple.FULL or not mem)):
+        raise InternalError(f"{NAMES[batch.row]} has no such encoding ({kind}, broadcast={batch.bcast})")
+    reg = row.digit if row.digit >= 0 else f["reg"] if "r" in row.operands else 0
+    vvvv = f["vvvv"] if "v" in row.operands else 0
     has_modrm = row.digit >= 0 or "m" in row.operands
-    if not has_modrm:
-        modrm = tail = tail_length = ext_x = ext_b = none
-    elif mem:
-        scale = _displacement_unit(row, encoding, bcast)
-        modrm, tail, tail_length, ext_x, ext_b = _memory_operand(c, rows, reg, scale)
-    else:
-        rm = c["rm"][rows].astype(np.int64)
-        modrm = 0xC0 | (reg & 7) << 3 | (rm & 7)
-        tail, tail_length, ext_x, ext_b = none, none, rm >> 4 & 1, rm >> 3 & 1
-    tail = tail.view(np.uint64)
+    modrm: Ints | int = 0
+    tail: Ints | int = 0
+    size: Ints | int = 0
+    x: Ints | int = 0
+    b: Ints | int = 0
+    if mem:
+        modrm, tail, size, x, b = _memory_operand(f, _displacement_unit(row, batch.encoding, batch.bcast), n)
+    elif has_modrm:
+        rm = _wide(f["rm"])
+        modrm, x, b = 0xC0 | rm & 7, rm >> 4 & 1, rm >> 3 & 1
     if row.imm:
-        imm = (c["imm"][rows] & ((1 << 8 * row.imm) - 1)).view(np.uint64)
-        if "s" in row.operands:
-            imm = imm << np.uint64(4)
-        if "b" in row.operands:
-            imm = np.zeros(n, np.uint64)
-        tail = tail | imm << (tail_length * 8).view(np.uint64)
-        tail_length = tail_length + row.imm
-    if legal == "E":
-        vector_length = encoding - EVEX128 if row.fixed_length < 0 else row.fixed_length
+        value = _wide(f["imm"]) << (4 if "s" in row.operands else 0)
+        imm = 0 if "b" in row.operands else value & (1 << 8 * row.imm) - 1
+        tail, size = tail | imm << size * 8, size + row.imm
+        if np.max(size) > 8 or mem and np.any(np.asarray(f["base"]) == RIP):
+            raise InternalError(f"{NAMES[batch.row]}: more than eight bytes behind ModRM, or an immediate behind a RIP operand")
+    if kind == "E":
+        vector = batch.encoding - EVEX128 if row.fixed_length < 0 else row.fixed_length
         fixed = (0x62 | 0x6000 | row.map << 8 | (row.w << 7 | 4 | row.prefix) << 16
-                 | (vector_length << 5 | int(bcast) << 4) << 24 | row.opcode << 32)  # fmt: skip
-        word = modrm << 40 | (~reg & 8) << 12 | (~reg & 16) << 8 | (~vvvv & 15) << 19 | (~vvvv & 16) << 23 | fixed
-        word ^= ext_x << 14 | ext_b << 13
-        if np.any(c["mask"][rows]):
-            word |= c["zero"][rows].astype(np.int64) << 31 | c["mask"][rows].astype(np.int64) << 24
-        return _join(word, 6, tail, tail_length)
-    if legal == "V":
-        vector_length = encoding - VEX128 if row.fixed_length < 0 else row.fixed_length
-        last = (~vvvv & 15) << 3 | vector_length << 2 | row.prefix
-        r, wide = (~reg & 8) << 4, ext_x | ext_b
+                 | (vector << 5 | int(batch.bcast) << 4) << 24 | row.opcode << 32)  # fmt: skip
+        head: Ints | int = _EVEX_REG[reg] | _EVEX_VVVV[vvvv]
+        head = head | ((modrm << 40 | fixed) ^ (x << 14 | b << 13) | _wide(f.get("zero", 0)) << 31 | _wide(f.get("mask", 0)) << 24)
+        at: Ints | int = 6
+        return _join(head, at, tail, size, n)
+    reg, vvvv = _wide(reg), _wide(vvvv)
+    modrm = modrm | (reg & 7) << 3
+    if kind == "V":
+        vector = batch.encoding - VEX128 if row.fixed_length < 0 else row.fixed_length
+        last, r = (~vvvv & 15) << 3 | vector << 2 | row.prefix, (~reg & 8) << 4
         short = 0xC5 | (r | last) << 8 | row.opcode << 16 | modrm << 24
-        long = (0xC4 | (r | (ext_x ^ 1) << 6 | (ext_b ^ 1) << 5 | row.map) << 8 | (row.w << 7 | last) << 16
+        long = (0xC4 | (r | (x ^ 1) << 6 | (b ^ 1) << 5 | row.map) << 8 | (row.w << 7 | last) << 16
                 | row.opcode << 24 | modrm << 32)  # fmt: skip
-        compact = (wide == 0) & (row.map == M0F) & (row.w == 0)
-        head = np.where(compact, short, long)
-        return _join(head, np.where(compact, 3, 4) + int(has_modrm), tail, tail_length)
-    ext_r = (reg >> 3 & 1) if row.digit < 0 else np.zeros(n, np.int64)
-    rex = row.w << 3 | ext_r << 2 | ext_x << 1 | ext_b
-    head, at = np.zeros(n, np.int64), np.zeros(n, np.int64)
-    for byte, present in (
-        (np.full(n, _MANDATORY[row.prefix]), np.full(n, row.prefix != 0)),
-        (0x40 | rex, rex != 0),
-        (np.full(n, 0x0F), np.full(n, row.map != M1)),
-        (np.full(n, row.opcode), np.full(n, True)),
-        (modrm, np.full(n, has_modrm)),
-    ):
-        head |= np.where(present, byte << at * 8, 0)
-        at += present
-    return _join(head, at, tail, tail_length)
+        if row.map == M0F and row.w == 0:
+            compact = np.asarray((x | b) == 0)
+            head, at = np.where(compact, short, long), np.where(compact, 3, 4) + int(has_modrm)
+        else:
+            head, at = long, 4 + int(has_modrm)
+    else:
+        ext_r = 0 if row.digit >= 0 else reg >> 3 & 1
+        rex = row.w << 3 | ext_r << 2 | x << 1 | b
+        head, at = 0, 0
+        for byte, present in (
+            (_MANDATORY[row.prefix], row.prefix != 0), (0x40 | rex, np.asarray(rex) != 0), (0x0F, row.map != M1),
+            (row.opcode, True), (modrm, has_modrm),
+        ):  # fmt: skip
+            head = head | np.where(present, byte << at * 8, 0)
+            at = at + np.asarray(present).astype(np.int64)
+    return _join(head, at, tail, size, n)
+
+
+def _wide(value: Field) -> Ints | int:
+    return value if isinstance(value, int) else value.astype(np.int64, copy=False)
 
 
 def _displacement_unit(row: Row, encoding: int, bcast: bool) -> int:
@@ -152,54 +158,63 @@ def _displacement_unit(row: Row, encoding: int, bcast: bool) -> int:
     return {Tuple.FULL: 4 if bcast else vector, Tuple.FULLMEM: vector, Tuple.T1S: 4, Tuple.T4: 16, Tuple.NONE: 1}[row.tuple]
 
 
-def _memory_operand(c: Instructions, rows: Ints, reg: Ints, unit: int) -> tuple[Ints, Ints, Ints, Ints, Ints]:
-    """ModRM, the bytes behind it as a word, their number, and the extension bits X and B.
-
-    Nearly all operands are ``[base + disp8]``: those are computed for everyone, the others again on their own.
-    """
-    base, disp = c["base"][rows].astype(np.int64), c["disp"][rows]
+def _memory_operand(f: dict[str, Field], unit: int, n: int) -> tuple[Ints | int, Ints | int, Ints | int, Ints | int, Ints | int]:
+    """ModRM without reg, the bytes behind it as a word, their number, and the extension bits X and B."""
+    base, index, disp = _wide(f["base"]), _wide(f.get("index", -1)), _wide(f.get("disp", 0))
+    if not isinstance(base, int) or base == RIP or base & 7 == 4 or not isinstance(index, int) or index >= 0 or isinstance(disp, int):
+        return _memory_operand_general(f, unit, n)
+    # Nearly always: [base + disp8].
     scaled = disp >> unit.bit_length() - 1
-    low3 = base & 7
-    modrm = 0x40 | (reg & 7) << 3 | low3
-    tail, size, ext_x, ext_b = scaled & 0xFF, np.ones(rows.size, np.int64), np.zeros(rows.size, np.int64), base >> 3 & 1
-    fits = (scaled == scaled.astype(np.int8)) & (disp & unit - 1 == 0)
-    plain = fits & (disp != 0) & (c["index"][rows] < 0) & (low3 != 4) & (base < RIP)
+    plain = (scaled == scaled.astype(np.int8)) & (disp != 0)
+    if unit > 1:
+        plain &= disp & unit - 1 == 0
     odd = np.flatnonzero(~plain)
-    if odd.size:
-        base, disp, scaled, low3, fits = base[odd], disp[odd], scaled[odd], low3[odd], fits[odd]
-        index = c["index"][rows[odd]].astype(np.int64)
-        rip, indexed = base == RIP, index >= 0
-        if np.any((disp != disp.astype(np.int32)) & ~rip):
-            raise InternalError("a displacement does not fit 32 bits")
-        sib = (indexed | (low3 == 4)) & ~rip
-        none = (disp == 0) & (low3 != 5)
-        length = np.where(rip, 4, np.where(none, 0, np.where(fits, 1, 4)))
-        mod = np.where(rip | none, 0, np.where(fits, 1, 2))
-        bytes_behind = np.where(length == 1, scaled & 0xFF, np.where((length == 4) & ~rip, disp & 0xFFFFFFFF, 0))
-        sib_byte = c["scale"][rows[odd]].astype(np.int64) << 6 | np.where(indexed, index & 7, 4) << 3 | low3
-        modrm[odd] = mod << 6 | (reg[odd] & 7) << 3 | np.where(rip, 5, np.where(sib, 4, low3))
-        tail[odd] = np.where(sib, bytes_behind << 8 | sib_byte, bytes_behind)
-        size[odd] = length + sib
-        ext_x[odd] = np.where(indexed, index >> 3, 0)
-        ext_b[odd] = np.where(rip, 0, base >> 3)
-    return modrm, tail, size, ext_x, ext_b
+    scaled &= 0xFF
+    if not odd.size:
+        return 0x40 | base & 7, scaled, 1, 0, base >> 3 & 1
+    some, tail, length, _, _ = _memory_operand_general({"base": base, "disp": disp[odd]}, unit, odd.size)
+    modrm, size = np.full(n, 0x40 | base & 7), np.ones(n, np.int64)
+    modrm[odd], scaled[odd], size[odd] = some, tail, length
+    return modrm, scaled, size, 0, base >> 3 & 1
 
 
-def _join(head: Ints, head_length: int | Ints, tail: Words, tail_length: Ints) -> tuple[Words, Words, Ints]:
-    """Head and tail bytes as a pair of words and the total length."""
-    bits = np.asarray(head_length * 8).astype(np.uint64)
-    return head.view(np.uint64) | tail << bits, tail >> (np.uint64(64) - bits), tail_length + head_length
+def _memory_operand_general(f: dict[str, Field], unit: int, n: int) -> tuple[Ints, Ints, Ints, Ints, Ints]:
+    base, index, scale, disp = (np.zeros(n, np.int64) + _wide(f.get(key, default))
+                                for key, default in (("base", 0), ("index", -1), ("scale", 0), ("disp", 0)))  # fmt: skip
+    scaled, low3 = disp >> unit.bit_length() - 1, base & 7
+    fits = (scaled == scaled.astype(np.int8)) & (disp & unit - 1 == 0)
+    rip, indexed = base == RIP, index >= 0
+    if np.any((disp != disp.astype(np.int32)) & ~rip):
+        raise InternalError("a displacement does not fit 32 bits")
+    sib = (indexed | (low3 == 4)) & ~rip
+    none = (disp == 0) & (low3 != 5)
+    length = np.where(rip, 4, np.where(none, 0, np.where(fits, 1, 4)))
+    mod = np.where(rip | none, 0, np.where(fits, 1, 2))
+    tail = np.where(length == 1, scaled & 0xFF, np.where((length == 4) & ~rip, disp & 0xFFFFFFFF, 0))
+    tail = np.where(sib, tail << 8 | scale << 6 | np.where(indexed, index & 7, 4) << 3 | low3, tail)
+    modrm = mod << 6 | np.where(rip, 5, np.where(sib, 4, low3))
+    return modrm, tail, length + sib, np.where(indexed, index >> 3, 0), np.where(rip, 0, base >> 3)
+
+
+def _join(head: Ints | int, at: Ints | int, tail: Ints | int, size: Ints | int, n: int) -> tuple[Words, Words | None, Ints | int]:
+    """Head and tail bytes as a pair of words, and the total length."""
+    length = at + size
+    low = np.broadcast_to(np.asarray(head | tail << at * 8, np.int64), n).view(np.uint64)
+    if np.max(length) <= 8:
+        return low, None, length
+    bits = np.asarray(64 - at * 8).astype(np.uint64)
+    return low, (np.zeros(n, np.int64) + tail).view(np.uint64) >> bits, length
 
 
 _NOPS = {1: "90", 2: "6690", 3: "0f1f00", 4: "0f1f4000", 5: "0f1f440000", 6: "660f1f440000", 7: "0f1f8000000000", 8: "0f1f840000000000"}
 
 
-def _align(c: Instructions, length: Ints, low: Words, high: Words) -> None:
+def _align(batch: Batch, length: Ints, low: Words, high: Words) -> None:
     """Give every ALIGN row (to 16 bytes at most) the long no-ops it needs."""
     at, previous = 0, 0
-    for row in np.flatnonzero(c["row"] == ALIGN).tolist():
+    for row in batch.place.tolist():
         at += int(length[previous:row].sum())
-        pad = -at % min(int(c["imm"][row]), 16)
+        pad = -at % 16
         raw = b"".join(bytes.fromhex(_NOPS[n]) for n in (min(pad, 8), pad - min(pad, 8)) if n)
         low[row], high[row] = np.frombuffer(raw.ljust(16, b"\0"), "<u8")
         length[row] = pad
@@ -217,16 +232,15 @@ def _flatten(low: Words, high: Words, length: Ints, offsets: Ints, size: int) ->
     return code[:size]
 
 
-def _resolve(c: Instructions, code: NDArray[np.uint8], offsets: Ints, places: Ints) -> None:
+def _resolve(batch: Batch, code: NDArray[np.uint8], offsets: Ints, places: Ints) -> None:
     """Write the 32-bit distances of branches and RIP-relative operands, which end their instruction (no RIP operand has an immediate)."""
-    branch = np.isin(c["row"], _BRANCHES)
-    relative = (c["base"] == RIP) & (c["rm"] < 0)
-    for rows, label in ((np.flatnonzero(branch), c["imm"]), (np.flatnonzero(relative), c["disp"])):
-        distance = places[label[rows]] - offsets[rows + 1]
-        if np.any(places[label[rows]] < 0) or np.any(distance != distance.astype(np.int32)):
-            raise InternalError("a branch reaches no label, or further than 2 GiB")
-        raw = distance.astype("<i4").view(np.uint8).reshape(-1, 4)
-        code[(offsets[rows + 1] - 4)[:, None] + np.arange(4)] = raw
-
-
-_BRANCHES = [i for i, row in enumerate(_ROWS) if row.operands == "b"]
+    branch, base = "b" in _ROWS[batch.row].operands, batch.fields.get("base", 0)
+    if not branch and not np.any(np.asarray(base) == RIP):
+        return
+    label = np.zeros(batch.place.size, np.int64) + (batch.fields["imm"] if branch else batch.fields["disp"])
+    rows = np.arange(label.size) if branch else np.flatnonzero(np.zeros(label.size, np.int64) + base == RIP)
+    end, label = offsets[batch.place[rows] + 1], label[rows]
+    distance = places[label] - end
+    if np.any(places[label] < 0) or np.any(distance != distance.astype(np.int32)):
+        raise InternalError("a branch reaches no label, or further than 2 GiB")
+    code[(end - 4)[:, None] + np.arange(4)] = distance.astype("<i4").view(np.uint8).reshape(-1, 4)

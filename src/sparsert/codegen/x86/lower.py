@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import InternalError
-from ..vector import OP, OPS, PITCH_OF, TILE_BYTES, Program, S
-from .encoder import EVEX512, LEGACY, RIP, VEX256, Instructions, allocate
+from ..vector import OP, OPS, PITCH_OF, TILE_BYTES, Columns, Program, S
+from .encoder import EVEX512, LEGACY, RIP, VEX256, Batch, Field, Ints
 from .table import ALIGN, LABEL, ROW, ROWS
 
 GPR = {
@@ -65,8 +65,10 @@ RECIPES = {
 """By vector encoding. Mask operations use k2, or ymm15: they occur outside the accumulate loop only."""
 
 _MULTIPLES = {0: (-1, 0), 1: (S.PX, 0), 2: (S.PX, 1), 3: (S.PX3, 0), 4: (S.PX, 2), 5: (S.PX5, 0), 6: (S.PX3, 1), 7: (S.PX7, 0)}
-_INDEX = np.array([-1 if reg < 0 else GPR[S(reg)] for reg, _ in _MULTIPLES.values()], np.int8)
-_SCALE = np.array([scale for _, scale in _MULTIPLES.values()], np.int8)
+_BY_PRODUCT = 9
+_INDEX = np.array([-1] + [-1 if reg < 0 else GPR[S(reg)] for reg, _ in _MULTIPLES.values()] + [GPR[S.TMP]], np.int8)
+_SCALE = np.array([0] + [scale for _, scale in _MULTIPLES.values()] + [0], np.int8)
+"""Index register and scale: none, then 0 to 7 pitches, then the product in TMP."""
 _WINDOWED = {S.X: TILE_BYTES, S.W: 4}
 """Pointers that walk far, and what a compressed displacement of theirs counts in; others take 32-bit displacements."""
 _MODIFIES = [OP[name] for name in ("s_add", "s_sub", "s_addi", "s_min", "s_min_arg")]
@@ -101,8 +103,8 @@ _COUNTS = {
 }
 
 
-def lower(program: Program, encoding: int) -> tuple[Instructions, NDArray[np.int64]]:
-    """Instructions for ``encoding`` (EVEX512 or VEX256), and for each the program row it stems from.
+def lower(program: Program, encoding: int) -> list[Batch]:
+    """Batches of instructions for ``encoding`` (EVEX512 or VEX256).
 
     Label ``program.labels`` stands for the start of the constant pool.
     """
@@ -115,48 +117,60 @@ def lower(program: Program, encoding: int) -> tuple[Instructions, NDArray[np.int
     operand = _Addressing(program, encoding)
     count = _COUNTS[encoding][op] + operand.extra
     start = np.cumsum(count) - count
-    out = allocate(int(count.sum()))
-    operand.fill(out, start)
-    main = start + operand.extra
+    batches = operand.batches(start)
+    start += operand.extra
     for number in present:
         rows = np.flatnonzero(op == number)
+        view = _Rows(c, rows, operand, program.labels, OPS[number].scalar)
         for k, (row, enc, sources) in enumerate(recipes[number]):
-            _fill(out, main[rows] + k, row, enc, sources, c, rows, operand, bool(_SCALAR_OP[number]))
-    return out, np.repeat(np.arange(op.size), count)
+            batches += view.instruction(row, enc, start[rows] + k, sources)
+    return batches
 
 
-def _fill(out: Instructions, at: NDArray[np.int64], row: int, enc: int, sources: dict[str, Any],
-          c: dict[str, NDArray[Any]], rows: NDArray[np.int64], operand: _Addressing, scalar: bool) -> None:  # fmt: skip
-    out["row"][at] = row
-    out["enc"][at] = enc
-    for key, source in sources.items():
-        if key == "mem":
-            for name, column in operand.columns.items():
-                out[name][at] = column[rows]
-        elif key == "arg":
-            out["base"][at] = GPR[S.ARGS]
-            out["disp"][at] = c["disp"][rows]
-        elif key == "pool":
-            out["base"][at] = RIP
-            out["disp"][at] = operand.pool
-        elif key == "code":
-            out["base"][at] = RIP
-            out["disp"][at] = c["disp"][rows]
-        elif key == "imm":
-            out["imm"][at] = source if isinstance(source, int) else c[source or "disp"][rows]
-        elif isinstance(source, int):
-            out[key][at] = source
-        elif scalar:
-            out[key][at] = _GPR_OF[c[source][rows]]
-        else:
-            register = c[source][rows]
-            out[key][at] = register
-            if key == "rm":
-                constant = register < 0
-                if constant.any():
-                    out["rm"][at[constant]] = -1
-                    out["base"][at[constant]] = GPR[S.CONST]
-                    out["disp"][at[constant]] = (-1 - register[constant].astype(np.int64)) * TILE_BYTES
+class _Rows:
+    """The program rows of one operation, as the fields of the instructions that stand for them."""
+
+    def __init__(self, c: Columns, rows: Ints, operand: _Addressing, pool: int, scalar: bool) -> None:
+        self.c, self.rows, self.operand, self.pool, self.scalar = c, rows, operand, pool, scalar
+
+    def instruction(self, row: int, enc: int, place: Ints, sources: dict[str, Any]) -> list[Batch]:
+        fields: dict[str, Field] = {}
+        constant = None
+        for key, source in sources.items():
+            if key == "mem":
+                fields |= self.operand.fields(self.rows)
+            elif key == "arg":
+                fields |= {"base": GPR[S.ARGS], "disp": self.c["disp"][self.rows]}
+            elif key in ("pool", "code"):
+                fields |= {"base": RIP, "disp": self.pool if key == "pool" else self.c["disp"][self.rows]}
+            elif key == "imm":
+                fields["imm"] = source if isinstance(source, int) else self.c[source or "disp"][self.rows]
+            elif isinstance(source, int):
+                fields[key] = source
+            elif self.scalar:
+                fields[key] = _GPR_OF[self.c[source][self.rows]]
+            else:
+                register = self.c[source][self.rows]
+                fields[key] = register
+                if key == "rm" and source == "b" and (register < 0).any():
+                    constant = register < 0
+        bcast = bool(fields.pop("bcast", 0))
+        if constant is None:
+            return [Batch(row, enc, place, fields, bcast)]
+        # Operands from the constant pool, and those in registers.
+        number = fields.pop("rm")
+        return [
+            Batch(row, enc, place[some], _pick(fields, some) | where)
+            for some, where in (
+                (constant, {"base": GPR[S.CONST], "disp": (-1 - number[constant].astype(np.int64)) * TILE_BYTES}),
+                (~constant, {"rm": number[~constant]}),
+            )
+            if some.any()
+        ]  # fmt: skip
+
+
+def _pick(fields: dict[str, Field], some: NDArray[np.bool_]) -> dict[str, Field]:
+    return {key: value if isinstance(value, int) else value[some] for key, value in fields.items()}
 
 
 class _Addressing:
@@ -169,46 +183,58 @@ class _Addressing:
 
     def __init__(self, program: Program, encoding: int) -> None:
         c = program.columns
-        op, ptr, n = c["op"], c["ptr"], len(program)
-        self.pool = program.labels
-        self.extra = np.zeros(n, np.int64)
-        base, index, scale = np.zeros(n, np.int8), np.full(n, -1, np.int8), np.zeros(n, np.int8)
-        disp, rm = c["disp"].copy(), np.full(n, -1, np.int8)
-        self.columns = {"base": base, "index": index, "scale": scale, "disp": disp, "rm": rm}
-        self._moves: list[tuple[NDArray[np.int64], S, NDArray[np.int64], NDArray[np.int64]]] = []
-        self._products: list[tuple[NDArray[np.int64], S, NDArray[np.int64]]] = []
-        memory = np.flatnonzero(_MEMORY_OP[op])
+        op, ptr = c["op"], c["ptr"]
+        self.c, self.disp = c, c["disp"].copy()
+        self.extra = np.zeros(len(program), np.int64)
+        self._index: dict[int, tuple[NDArray[np.int8], NDArray[np.int8]]] = {}
+        self._moves: list[tuple[Ints, S, Ints, Ints]] = []
+        self._products: list[tuple[Ints, S, Ints]] = []
+        self._indexed = np.zeros(len(program), np.int8)
+        memory = _MEMORY_OP[op]
         writes = np.flatnonzero(_WRITES_SCALAR[op])
         labels = np.flatnonzero(op == OP["label"])
-        used = ptr[memory]
-        for number in np.flatnonzero(np.bincount(used, minlength=len(S))).tolist():
+        for number in np.flatnonzero(np.bincount(ptr[memory], minlength=len(S))).tolist():
             pointer = S(number)
-            rows = memory[used == number]
-            base[rows] = GPR[pointer]
+            rows = np.flatnonzero(memory & (ptr == number))
             written = writes[c["d"][writes] == number]
-            window = np.zeros(rows.size, np.int64)
-            if pointer in _WINDOWED:
-                size = 256 * (1 if encoding == VEX256 else _WINDOWED[pointer])
-                window = (c["disp"][rows] + size // 2) // size * size
-                disp[rows] -= window
-            steps = c["step"][rows].astype(np.int64)
-            reach = np.zeros_like(steps)
-            stepped = np.flatnonzero(steps)
-            if stepped.size and pointer == S.X:
-                reach, inside = steps >> 3, steps & 7
-                index[rows], scale[rows] = _INDEX[inside], _SCALE[inside]
-            elif stepped.size:
-                index[rows[stepped]] = GPR[S.TMP]
-                self.extra[rows[stepped]] += 1
-                self._products.append((rows[stepped], PITCH_OF[pointer], steps[stepped]))
-            region = np.searchsorted(written, rows)
-            first = np.ones(rows.size, bool)
-            first[1:] = region[1:] != region[:-1]
+            window, reach = self._windows(pointer, rows, encoding), self._reaches(pointer, rows)
+            if window is None and reach is None:
+                continue
+            none = np.zeros(rows.size, np.int64)
+            window, reach = none if window is None else window, none if reach is None else reach
+            first = np.zeros(rows.size, bool)
+            begins = np.searchsorted(rows, written)
+            first[begins[begins < rows.size]] = True
+            first[0] = True
             self._move(pointer, rows, first, window, reach)
             modified = written[np.isin(op[written], _MODIFIES)]
-            self._check(pointer, rows, (window != 0) | (reach != 0), labels, written, modified)
+            self._check(pointer, rows, (window != 0) | (reach != 0), labels, np.setdiff1d(written, modified), modified)
 
-    def _move(self, pointer: S, rows: NDArray[np.int64], first: NDArray[np.bool_], where: NDArray[np.int64], reach: NDArray[np.int64]) -> None:
+    def _windows(self, pointer: S, rows: Ints, encoding: int) -> Ints | None:
+        """How many bytes the pointer is moved for each row; what is left of the displacement stays."""
+        if pointer not in _WINDOWED:
+            return None
+        bits = 7 + (0 if encoding == VEX256 else _WINDOWED[pointer].bit_length() - 1)
+        disp = self.disp[rows]
+        window = (disp + (1 << bits)) >> bits + 1 << bits + 1
+        self.disp[rows] = disp - window
+        return window
+
+    def _reaches(self, pointer: S, rows: Ints) -> Ints | None:
+        """How many eights of pitches X is moved for each row; other pointers get the product of pitch and step instead."""
+        steps = self.c["step"][rows].astype(np.int64)
+        stepped = np.flatnonzero(steps)
+        if not stepped.size:
+            return None
+        if pointer == S.X:
+            self._indexed[rows] = 1 + (steps & 7)
+            return steps >> 3
+        self._indexed[rows[stepped]] = _BY_PRODUCT
+        self.extra[rows[stepped]] += 1
+        self._products.append((rows[stepped], PITCH_OF[pointer], steps[stepped]))
+        return None
+
+    def _move(self, pointer: S, rows: Ints, first: NDArray[np.bool_], where: Ints, reach: Ints) -> None:
         delta, hop = np.diff(where, prepend=0), np.diff(reach, prepend=0)
         delta[first], hop[first] = where[first], reach[first]
         moved = np.flatnonzero((delta != 0) | (hop != 0))
@@ -217,44 +243,49 @@ class _Addressing:
         self._moves.append((rows[moved], pointer, delta, hop))
 
     @staticmethod
-    def _check(pointer: S, rows: NDArray[np.int64], away: NDArray[np.bool_], labels: NDArray[np.int64],
-               written: NDArray[np.int64], modified: NDArray[np.int64]) -> None:  # fmt: skip
+    def _check(pointer: S, rows: Ints, away: NDArray[np.bool_], labels: Ints, fresh: Ints, modified: Ints) -> None:
         """A pointer that moves may not be used on behind a label, where control can come from elsewhere, nor be added to meanwhile."""
-        fresh = np.setdiff1d(written, modified)
-        region = np.searchsorted(fresh, rows)
-        moving = np.unique(region[away])
+        begins = np.unique(np.searchsorted(rows, fresh))
+        starts = np.unique(np.append(begins[begins < rows.size], 0))
+        moving = np.logical_or.reduceat(away, starts)
         for joints, step in ((labels, 0), (modified, -1)):
             neighbour = np.searchsorted(rows, joints) + step
             inside = (neighbour >= 0) & (neighbour < rows.size)
-            n = neighbour[inside]
-            bad = region[n] == np.searchsorted(fresh, joints[inside])
-            if np.any(bad & (np.isin(region[n], moving) if step == 0 else away[n])):
+            n, joint = neighbour[inside], joints[inside]
+            same = np.searchsorted(fresh, rows[n]) == np.searchsorted(fresh, joint)
+            bad = away[n] if step else moving[np.searchsorted(starts, n, "right") - 1]
+            if np.any(same & bad):
                 raise InternalError(f"pointer {pointer.name} is used across a label, or added to, while it is moved")
 
-    def fill(self, out: Instructions, start: NDArray[np.int64]) -> None:
+    def fields(self, rows: Ints) -> dict[str, Field]:
+        """The memory operand of ``rows`` as fields of an instruction; scalars where all rows agree."""
+        pointer, indexed = self.c["ptr"][rows], self._indexed[rows]
+        first = int(pointer[0])
+        base: Field = GPR[S(first)] if (pointer == first).all() else _GPR_OF[pointer]
+        fields: dict[str, Field] = {"base": base, "disp": self.disp[rows]}
+        if indexed.any():
+            fields |= {"index": _INDEX[indexed], "scale": _SCALE[indexed]}
+        return fields
+
+    def batches(self, start: Ints) -> list[Batch]:
+        """The instructions that move pointers or multiply steps, in front of the row that needs them."""
         used = np.zeros(start.size, np.int64)
+        out: list[Batch] = []
+
+        def put(name: str, rows: Ints, **fields: Field) -> None:
+            if rows.size:
+                out.append(Batch(ROW[name], LEGACY, start[rows] + used[rows], fields))
+                used[rows] += 1
+
         for rows, pointer, delta, hop in self._moves:
-            has = delta != 0
-            at = start[rows[has]] + used[rows[has]]
-            short = delta[has] == delta[has].astype(np.int8)
-            out["row"][at] = np.where(short, ROW["add_imm8"], ROW["add_imm"])
-            out["rm"][at] = GPR[pointer]
-            out["imm"][at] = delta[has]
-            used[rows[has]] += 1
-            if not hop.any():
-                continue
-            one, many = hop == 1, (hop != 0) & (hop != 1)
-            at = start[rows[one]] + used[rows[one]]
-            out["row"][at] = ROW["lea"]
-            out["reg"][at] = out["base"][at] = GPR[pointer]
-            out["index"][at], out["scale"][at] = GPR[PITCH_OF[pointer]], 3
-            used[rows[one]] += 1
-            at = start[rows[many]] + used[rows[many]]
-            out["row"][at], out["reg"][at], out["rm"][at] = ROW["imul_imm"], GPR[S.TMP], GPR[PITCH_OF[pointer]]
-            out["imm"][at] = hop[many] * 8
-            out["row"][at + 1], out["reg"][at + 1], out["rm"][at + 1] = ROW["add"], GPR[pointer], GPR[S.TMP]
-            used[rows[many]] += 2
+            short = delta == delta.astype(np.int8)
+            for name, some in (("add_imm8", short & (delta != 0)), ("add_imm", ~short)):
+                put(name, rows[some], rm=GPR[pointer], imm=delta[some])
+            if hop.any():
+                one, many, pitch = rows[hop == 1], (hop != 0) & (hop != 1), GPR[PITCH_OF[pointer]]
+                put("lea", one, reg=GPR[pointer], base=GPR[pointer], index=pitch, scale=3)
+                put("imul_imm", rows[many], reg=GPR[S.TMP], rm=pitch, imm=hop[many] * 8)
+                put("add", rows[many], reg=GPR[pointer], rm=GPR[S.TMP])
         for rows, pitch, steps in self._products:
-            at = start[rows] + used[rows]
-            out["row"][at], out["reg"][at], out["rm"][at], out["imm"][at] = ROW["imul_imm"], GPR[S.TMP], GPR[pitch], steps
-            used[rows] += 1
+            put("imul_imm", rows, reg=GPR[S.TMP], rm=GPR[pitch], imm=steps)
+        return out

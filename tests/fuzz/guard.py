@@ -1,0 +1,123 @@
+"""Arrays against inaccessible pages: one byte read or written too far ends the process, and canaries see the rest.
+
+A :class:`Region` is a few pages with an inaccessible one on either side. An array is laid so that its first or its last byte touches such a
+page; every byte of the region that belongs to no element is a canary. A fault kills the process, so use this in a child.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import sys
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+CANARY = 0xF7  # as a float32 -1e34: read by mistake, it spoils any sum
+_PAGE = mmap.PAGESIZE
+
+
+def _protect(address: int, size: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mprotect(ctypes.c_void_p(address), ctypes.c_size_t(size), 0):
+        raise OSError(ctypes.get_errno(), "mprotect")
+
+
+class Region:
+    """Readable bytes between two inaccessible pages, and one array in them.
+
+    Args:
+        span: bytes from the array's lowest to its highest address.
+        at_end: lay it against the page behind, else against the page in front.
+        alignment: the array starts at a multiple of this, if need be a little before the end.
+    """
+
+    def __init__(self, span: int, *, at_end: bool, alignment: int = 1) -> None:
+        inner = max(-(-span // _PAGE), 1) * _PAGE
+        self._map = mmap.mmap(-1, inner + 2 * _PAGE)
+        everything = np.frombuffer(self._map, np.uint8)
+        address = everything.__array_interface__["data"][0]
+        _protect(address, _PAGE)
+        _protect(address + _PAGE + inner, _PAGE)
+        self.bytes: NDArray[np.uint8] = everything[_PAGE : _PAGE + inner]
+        self.bytes[...] = CANARY
+        self.start = (inner - span) // alignment * alignment if at_end else 0
+        self.owned = np.zeros(inner, bool)
+
+    def array(self, shape: tuple[int, ...], strides: tuple[int, ...], dtype: Any = np.float32) -> NDArray[Any]:
+        """The array of these (also negative) strides whose lowest byte is the region's start."""
+        below = sum(step * (n - 1) for n, step in zip(shape, strides, strict=True) if step < 0 and n > 0)
+        made = np.ndarray(shape, dtype, self.bytes, self.start - below, strides)
+        if made.size:
+            every = self.start - below + sum(np.arange(n).reshape([-1 if i == axis else 1 for i in range(len(shape))]) * step
+                                             for axis, (n, step) in enumerate(zip(shape, strides, strict=True)))  # fmt: skip
+            for byte in range(np.dtype(dtype).itemsize):
+                self.owned[every + byte] = True
+        return made
+
+    def stray(self) -> NDArray[np.intp]:
+        """Offsets, relative to the array's lowest byte, of canaries that were overwritten."""
+        return np.flatnonzero(~self.owned & (self.bytes != CANARY)) - self.start
+
+
+def span_of(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int = 4) -> int:
+    """Bytes from the lowest to the highest address of such an array."""
+    return 0 if 0 in shape else itemsize + sum(abs(step) * (n - 1) for n, step in zip(shape, strides, strict=True))
+
+
+class Buffers:
+    """The guarded arrays of one case: those a test asks for, and those that the package allocates meanwhile."""
+
+    def __init__(self) -> None:
+        self._regions: list[tuple[str, Region]] = []
+
+    def array(self, name: str, shape: tuple[int, ...], strides: tuple[int, ...], *, at_end: bool) -> NDArray[np.float32]:
+        region = Region(span_of(shape, strides), at_end=at_end)
+        self._regions.append((name, region))
+        return region.array(shape, strides)
+
+    def aligned_empty(self, count: int, dtype: Any = np.float32, alignment: int = 64) -> NDArray[Any]:
+        """In the place of :func:`sparsert.runtime.memory.aligned_empty`: ends at the guard page, or just before if not aligned so."""
+        item = np.dtype(dtype).itemsize
+        region = Region(count * item, at_end=True, alignment=alignment)
+        self._regions.append((f"internal buffer of {count} {np.dtype(dtype)}", region))
+        return region.array((count,), (item,), dtype)
+
+    def empty(self, shape: tuple[int, ...]) -> NDArray[np.float32]:
+        """In the place of :func:`sparsert.operators.arrays.empty`."""
+        strides = tuple(4 * int(np.prod(shape[axis + 1 :])) for axis in range(len(shape)))
+        return self.array(f"internal array {shape}", shape, strides, at_end=True)
+
+    def complaints(self) -> list[str]:
+        """Which canaries died, in words."""
+        return [f"{name}: {stray.size} bytes outside were written, from offset {stray[0]} on" for name, region in self._regions
+                if (stray := region.stray()).size]  # fmt: skip
+
+    def internal(self) -> int:
+        """How many buffers of the package's own are guarded."""
+        return sum(name.startswith("internal") for name, _ in self._regions)
+
+
+@contextmanager
+def guarded(buffers: Buffers) -> Iterator[None]:
+    """Every allocation that the package makes for a kernel comes from ``buffers``, wherever the allocators were imported to."""
+    from sparsert.operators import arrays
+    from sparsert.runtime import memory
+
+    replaced: list[tuple[types.ModuleType, str, Any]] = []
+    for original, substitute in ((memory.aligned_empty, buffers.aligned_empty), (arrays.empty, buffers.empty)):
+        for name, module in list(sys.modules.items()):
+            if name.split(".")[0] == "sparsert":
+                for attribute, value in list(vars(module).items()):
+                    if value is original:
+                        replaced.append((module, attribute, original))
+                        setattr(module, attribute, substitute)
+    try:
+        yield
+    finally:
+        for module, attribute, original in replaced:
+            setattr(module, attribute, original)
