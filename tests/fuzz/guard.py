@@ -50,14 +50,14 @@ class Region:
 
     def array(self, shape: tuple[int, ...], strides: tuple[int, ...], dtype: Any = np.float32) -> NDArray[Any]:
         """The array of these (also negative) strides whose lowest byte is the region's start."""
-        below = sum(step * (n - 1) for n, step in zip(shape, strides, strict=True) if step < 0 and n > 0)
-        made = np.ndarray(shape, dtype, self.bytes, self.start - below, strides)
-        if made.size:
-            every = self.start - below + sum(np.arange(n).reshape([-1 if i == axis else 1 for i in range(len(shape))]) * step
-                                             for axis, (n, step) in enumerate(zip(shape, strides, strict=True)))  # fmt: skip
-            for byte in range(np.dtype(dtype).itemsize):
-                self.owned[every + byte] = True
-        return made
+        if 0 in shape:
+            return np.ndarray(shape, dtype, self.bytes, self.start)
+        first = self.start - sum(step * (n - 1) for n, step in zip(shape, strides, strict=True) if step < 0)
+        every = first + sum(np.arange(n).reshape([-1 if i == axis else 1 for i in range(len(shape))]) * step
+                            for axis, (n, step) in enumerate(zip(shape, strides, strict=True)))  # fmt: skip
+        for byte in range(np.dtype(dtype).itemsize):
+            self.owned[every + byte] = True
+        return np.ndarray(shape, dtype, self.bytes, first, strides)
 
     def stray(self) -> NDArray[np.intp]:
         """Offsets, relative to the array's lowest byte, of canaries that were overwritten."""

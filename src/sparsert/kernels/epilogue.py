@@ -49,6 +49,6 @@ def apply(b: Builder, code: Template, accumulators: int, place: dict[str, Any]) 
     at_load = np.tile(np.array(loads), n)
     memory = {key: np.where(at_load, np.repeat(np.broadcast_to(value, n), length), 0) for key, value in place.items()}
     immediate = np.tile(np.array([row[4] for row in code.rows]), n)
-    memory["disp"] = memory["disp"] + immediate
+    memory["disp"] = memory.get("disp", 0) + immediate
     b.emit_many(ops, n * length, spread([r[1] for r in code.rows]), spread([r[2] for r in code.rows]), spread([r[3] for r in code.rows]),
                 **memory)  # fmt: skip

@@ -16,36 +16,47 @@ def load_multiples(b: Builder, pitch: Arg) -> None:
 
 
 def pack_rows(b: Builder, target: Target, extent: int) -> None:
-    """PANEL[t][k][:] = x[k, columns of tile t] for the tiles of this group, columns clamped at X_LAST."""
-    width, vectors = 4 * target.lanes, TILE // target.lanes
+    """PANEL[t][k][:] = x[k, columns of tile t] for the tiles of this group, columns clamped at X_LAST.
 
-    def rows(count: int) -> None:
-        for i in range(count):
-            for v in range(vectors):
-                b.emit("load", d=i * vectors + v, ptr=S.X, step=i, disp=v * width)
-        for i in range(count):
-            for v in range(vectors):
-                b.emit("store", a=i * vectors + v, ptr=S.Y, disp=i * TILE_BYTES + v * width)
-
-    strip = _STRIP // vectors
-    tile, turn = b.label("pack a tile of x"), b.label()
+    Strips of eight rows walk along their columns, so that every load moves by a tile and the hardware prefetcher sees eight streams.
+    """
     load_multiples(b, Arg.X_PITCH)
-    _start(b, Arg.X_NEXT, Arg.PANEL)
-    b.place(tile)
-    b.emit("s_arg", d=S.X, disp=Arg.XT.byte)
-    if extent >= strip:
-        b.emit("s_set", d=S.K, disp=extent // strip)
+    for strip, pointer in ((S.W, Arg.X_NEXT), (S.CONST, Arg.PANEL)):
+        b.emit("s_arg", d=strip, disp=pointer.byte)
+    b.emit("s_arg", d=S.TMP, disp=Arg.X_LAST.byte)
+    b.emit("s_sub", d=S.TMP, a=S.W)
+    b.emit("s_put", a=S.TMP, disp=Arg.XT.byte)  # the last tile's column offset
+    if extent >= _STRIP:
+        turn = b.label("pack x")
+        b.emit("s_set", d=S.K, disp=extent // _STRIP)
         b.place(turn)
-        rows(strip)
-        for step in {8: (S.PX7, S.PX), 4: (S.PX3, S.PX), 2: (S.PX, S.PX)}[strip]:
-            b.emit("s_add", d=S.X, a=step)
-        b.emit("s_addi", d=S.Y, disp=strip * TILE_BYTES)
+        _pack_strip(b, target, extent, _STRIP)
+        for step in (S.PX7, S.PX):
+            b.emit("s_add", d=S.W, a=step)
+        b.emit("s_addi", d=S.CONST, disp=_STRIP * TILE_BYTES)
         b.emit("loop", a=S.K, disp=turn)
-    else:
-        b.place(turn)
-    rows(extent % strip)
-    b.emit("s_addi", d=S.Y, disp=extent % strip * TILE_BYTES)
-    advance(b, Arg.XT, Arg.X_TILE, Arg.X_LAST)
+    if extent % _STRIP:
+        _pack_strip(b, target, extent, extent % _STRIP)
+
+
+def _pack_strip(b: Builder, target: Target, extent: int, rows: int) -> None:
+    """``rows`` rows at W, all tiles of the group, to the panel rows at CONST."""
+    width, vectors = 4 * target.lanes, TILE // target.lanes
+    tile = b.label()
+    b.emit("s_mov", d=S.Y, a=S.CONST)
+    b.emit("s_arg", d=S.T, disp=Arg.COUNT.byte)
+    b.emit("s_set", d=S.CODE, disp=0)
+    b.place(tile)
+    b.emit("s_mov", d=S.X, a=S.CODE)
+    b.emit("s_min_arg", d=S.X, disp=Arg.XT.byte)
+    b.emit("s_add", d=S.X, a=S.W)
+    for v in range(vectors):
+        for i in range(rows):
+            b.emit("load", d=i, ptr=S.X, step=i, disp=v * width)
+        for i in range(rows):
+            b.emit("store", a=i, ptr=S.Y, disp=i * TILE_BYTES + v * width)
+    b.emit("s_addi", d=S.Y, disp=extent * TILE_BYTES)
+    b.emit("s_addi", d=S.CODE, disp=TILE_BYTES)
     b.emit("loop", a=S.T, disp=tile)
 
 

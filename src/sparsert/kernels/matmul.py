@@ -75,7 +75,7 @@ def generate(task: Task, schedule: Schedule, target: Target) -> Kernel:
             layout.pack_transposed(b, target, rows, Arg.R_NEXT, Arg.R_TILE, Arg.R_LAST, Arg.R_PITCH, Arg.R_PANEL)
     elif tiled and task.layout == "row_major":
         layout.pack_rows(b, target, extent)
-    Blocks(task, target, p, body, tiled, epilogue.template(task, b)).emit(b)
+    Blocks(task, target, p, body, tiled, epilogue.template(task, b), schedule.prefetch).emit(b)
     if task.layout == "transposed":
         layout.unpack_transposed(b, target, rows)
     for pointer, step, last in (
