@@ -46,7 +46,7 @@ def compile_matmul(
         precision: "f32".
         target: "native" (the best this machine executes), "x86-avx512", "x86-avx2" or "reference" (NumPy, everywhere).
         threads: upper bound; None is what affinity mask and cgroup quota allow. One thread is used at present.
-        layout: "row_major" (x (K, N)) or "tile_major" (x (T, K, 16), as layers inside a network exchange it).
+        layout: "row_major" (x (K, N)) or "tile_major" (x (T, K, tile), as layers inside a network exchange it).
         schedule: how to block the product; None leaves it to the cost model.
         max_code_bytes: refuse to generate more code than this.
 

@@ -11,7 +11,7 @@ class Target:
 
     Attributes:
         name: public name; the same as ``isa`` for compiled targets.
-        lanes: float32 lanes of a vector register.
+        lanes: float32 lanes of a vector register, which is also the number of columns of a tile.
         registers: vector registers.
         embedded_broadcast: an FMA may broadcast one float from memory by itself.
         needs: CPU features (as CPUID names them) without which the code faults.
@@ -20,7 +20,7 @@ class Target:
 
     name: str
     isa: str
-    lanes: int = 1
+    lanes: int
     registers: int = 0
     embedded_broadcast: bool = False
     needs: tuple[str, ...] = ()
@@ -28,13 +28,18 @@ class Target:
     l1d: int = 32 << 10
     l2: int = 1 << 20
 
+    @property
+    def tile_bytes(self) -> int:
+        """Bytes of one row of a tile."""
+        return 4 * self.lanes
+
 
 TARGETS = {
     t.name: t
     for t in (
         Target("x86-avx512", "x86-avx512", 16, 32, True, ("avx512f", "avx512bw", "avx512dq", "avx512vl")),
         Target("x86-avx2", "x86-avx2", 8, 16, False, ("avx2", "fma")),
-        Target("reference", "reference"),
+        Target("reference", "reference", 16),
     )
 }
 NATIVE_ORDER = ("x86-avx512", "x86-avx2")

@@ -112,7 +112,7 @@ def test_vectors_beyond_memory(count: int) -> None:
 
 def test_addresses() -> None:
     base = np.zeros((4, 6), np.float32)
-    for array in (base, base[1:, 2:], base[::-1], base.T, base[:0], np.broadcast_to(base[0], (3, 6)), np.float32(1).reshape(())):
+    for array in (base, base[1:, 2:], base[::-1], base.T, base[:0], np.broadcast_to(base[0], (3, 6)), np.zeros((), np.float32)):
         assert address_of(array) == array.__array_interface__["data"][0]
 
 
@@ -184,7 +184,7 @@ def switching_often() -> Iterator[None]:
 @pytest.mark.parametrize("target", COMPILED)
 def test_eight_threads_call_one_operator(target: str, rng: np.random.Generator) -> None:
     weight, bias = dense_matrix(rng, 70, 90, 0.2), rng.standard_normal(70).astype(np.float32)
-    op = sparsert.compile_matmul(weight, bias, "silu", target=target, schedule=sparsert.Schedule(rows=5, k_segment=40, packed=True))
+    op = sparsert.compile_matmul(weight, bias, "silu", target=target, schedule=sparsert.Schedule(rows=4, k_segment=40, packed=True))
     xs = [rng.standard_normal((90, columns)).astype(np.float32) for columns in (3, 16, 40, 200)]
     wanted = [op(x) for x in xs]
     for x, y in zip(xs, wanted, strict=True):
@@ -247,23 +247,36 @@ def in_child(body: str, *arguments: str) -> str:
 
 @pytest.mark.parametrize("target", COMPILED)
 def test_ten_thousand_signals(target: str) -> None:
+    """The handler is native and counts those signals alone that interrupt the operator's code: rdx points to the saved registers."""
     said = in_child(
         """
-        handled, wrong, calls = 0, 0, 0
-        def handler(number, frame):
-            global handled
-            handled += 1
-        signal.signal(signal.SIGALRM, handler)
-        signal.setitimer(signal.ITIMER_REAL, 2e-5, 2e-5)
-        while handled < 10_000:
+        import ctypes, struct
+        from sparsert.runtime import memory
+        made, original = [], memory.ExecutableMemory.__init__
+        def record(self, code):
+            original(self, code)
+            made.append(self)
+        memory.ExecutableMemory.__init__ = record
+        op = sparsert.compile_matmul(w, activation="gelu", target=sys.argv[1])
+        inside = ctypes.c_uint64()
+        handler = memory.ExecutableMemory(
+            bytes.fromhex("f30f1efa 488b82a8000000")  # endbr64; mov rax, [rdx + 168]: the saved rip
+            + bytes.fromhex("48b9") + struct.pack("<Q", made[-1].address)  # mov rcx, start of the code
+            + bytes.fromhex("4829c8 483d") + struct.pack("<I", made[-1].size)  # sub rax, rcx; cmp rax, size
+            + bytes.fromhex("730e 48b8") + struct.pack("<Q", ctypes.addressof(inside))  # jae to ret; mov rax, counter
+            + bytes.fromhex("f048ff00 c3")  # lock inc qword [rax]; ret
+        )
+        ctypes.CDLL(None).signal(int(signal.SIGALRM), ctypes.c_void_p(handler.address))
+        signal.setitimer(signal.ITIMER_REAL, 3e-5, 3e-5)
+        wrong = 0
+        while inside.value < 10_000:
             wrong += op(x).tobytes() != y.tobytes()
-            calls += 1
         signal.setitimer(signal.ITIMER_REAL, 0)
-        print(wrong, handled >= 10_000, calls > 1000)
+        print(wrong, inside.value >= 10_000)
         """,
         target,
     )
-    assert said == "0 True True"
+    assert said == "0 True"
 
 
 @pytest.mark.parametrize("target", COMPILED)
@@ -390,7 +403,7 @@ def test_operators_leave_no_memory_behind(target: str) -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("target", COMPILED)
 def test_thousands_of_operators_leave_no_memory_behind(target: str) -> None:
-    assert_nothing_stays(5000, target)
+    assert_nothing_stays(2500, target)
 
 
 @native

@@ -1,12 +1,12 @@
 """The meaning of every operation of the vector vocabulary, as Python that runs: the oracle of every ISA.
 
-Lanes hold float32, one rounding per operation. Where that leaves a choice, the vocabulary means: ``min`` and ``max`` give
-the second operand where the two are equal or unordered; multiply-adds round once; ``round`` and ``to_int`` round to nearest
-even, ``to_int`` of what fits no int32 is INT_MIN. Which NaN comes out of several is left open.
+Lanes hold float32, one rounding per operation. Where that leaves a choice, the vocabulary means: ``min`` and ``max``
+give the second operand where the two are equal or unordered; multiply-adds round once; ``round`` and ``to_int`` round
+to nearest even, ``to_int`` of what fits no int32 is INT_MIN. Which NaN comes out of several is left open.
 
-Memory consists of named regions. An access of a single byte outside them is an error, and so is reading a register that
-nothing was written to, a constant before ``s_const``, or a pitch whose multiples are not in place. Operands with a ``step``
-may use TMP.
+Memory consists of named regions. An access of a single byte outside them is an error, and so is reading a register
+that nothing was written to, a constant before ``s_const``, or a pitch whose multiples are not in place. Operands with
+a ``step`` may use TMP.
 """
 
 from __future__ import annotations
@@ -66,8 +66,9 @@ def _floats(x: NDArray[np.uint32]) -> Lanes:
 def fused(a: Lanes, b: Lanes, c: Lanes) -> Lanes:
     """a * b + c, rounded once.
 
-    The product is exact in float64. Its sum with c is rounded to odd (where inexact, the neighbour with an odd last bit:
-    Boldo and Melquiond, "Emulation of FMA and correctly rounded sums", 2008); rounding that to float32 rounds the exact sum.
+    The product is exact in float64. Its sum with c is rounded to odd (where inexact, the neighbour with an odd last
+    bit: Boldo and Melquiond, "Emulation of FMA and correctly rounded sums", 2008); rounding that to float32 rounds
+    the exact sum.
     """
     product, addend = a.astype(np.float64) * b, c.astype(np.float64)
     total = product + addend
@@ -267,6 +268,10 @@ def _put_slot(m: Machine, r: Row) -> None:
     m.args[m.slot(r.disp)] = np.uint64(m.get(r.a)).astype(np.int64)
 
 
+def _prefetch(m: Machine, r: Row) -> None:
+    m.address(r)  # no effect, and any address is allowed
+
+
 def _nothing(m: Machine, r: Row) -> None:
     pass
 
@@ -284,7 +289,7 @@ EFFECTS: dict[str, Callable[[Machine, Row], None]] = {
     "set_mask": _set_mask,  # the sign bits of a vector in memory
     "load_mask": _load_mask,  # zero where the mask is off
     "store_mask": _store_mask,
-    "prefetch": _nothing,  # no effect, and any address is allowed
+    "prefetch": _prefetch,
     "s_arg": lambda m, r: m.put(r.d, _slot_value(m, r)),
     "s_put": _put_slot,
     "s_mov": lambda m, r: m.put(r.d, m.get(r.a)),

@@ -27,8 +27,8 @@ from numpy.typing import NDArray
 
 from ..errors import InternalError
 
-TILE = 16  # columns of a tile: one vector of AVX-512, two of AVX2, four of NEON
-TILE_BYTES = 4 * TILE
+POOL_LANES = 16  # a constant fills as many lanes in the pool, whatever the ISA takes of them
+POOL_BYTES = 4 * POOL_LANES
 
 
 class S(IntEnum):

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..codegen.registers import Template
-from ..codegen.vector import OP, TILE_BYTES, Builder, S
-from ..schedule.schedule import Schedule, vectors
+from ..codegen.vector import OP, Builder, S
+from ..schedule.schedule import Schedule
 from ..schedule.task import Task
 from ..sparsity.partition import row_blocks
 from ..sparsity.taps import Taps
@@ -112,22 +112,19 @@ def accumulate(taps: Taps, p: Plan, schedule: Schedule, target: Target, tiled: b
 
     With ``schedule.prefetch``, every 24th tap touches one more line of the code that follows: four tiles cover a block of equal size.
     """
-    v = vectors(target)
-    lane_bytes = 4 * target.lanes
     broadcast = 0 if target.embedded_broadcast else 1
     n = p.taps.size
-    per_tap = np.full(n, v + broadcast)
-    per_tap[p.fresh] += v
+    per_tap = np.full(n, 1 + broadcast)
+    per_tap[p.fresh] += 1
     touching = np.arange(PREFETCH_TAPS - 1, n if schedule.prefetch else 0, PREFETCH_TAPS)
     per_tap[touching] += 1
     end = np.cumsum(per_tap)
     total = int(end[-1]) if n else 0
     op, d, a, b = np.empty(total, np.uint8), np.zeros(total, np.int16), np.zeros(total, np.int16), np.zeros(total, np.int16)
     ptr, step, disp = np.full(total, S.W, np.int8), np.zeros(total, np.int32), np.zeros(total, np.int64)
-    first_input = schedule.rows * v
-    weight = first_input + INPUT_REGISTERS * v
+    first_input, weight = schedule.rows, schedule.rows + INPUT_REGISTERS
     turn = np.cumsum(p.fresh, dtype=np.int32) % INPUT_REGISTERS
-    source = (first_input + turn * v).astype(np.int16)
+    source = (first_input + turn).astype(np.int16)
     k = taps.pitch[p.taps]
     loaded, at = np.flatnonzero(p.fresh), end - per_tap
     if touching.size:
@@ -135,32 +132,29 @@ def accumulate(taps: Taps, p: Plan, schedule: Schedule, target: Target, tiled: b
         cell = np.searchsorted(p.cuts, touching, "right") - 1
         op[row], ptr[row] = OP["prefetch"], S.CODE
         disp[row] = (np.arange(touching.size) - np.searchsorted(touching, p.cuts)[cell]) * LINE
-    begin = at[loaded]
-    for i in range(v):
-        row = begin + i
-        op[row], d[row], ptr[row], disp[row] = OP["load"], source[loaded] + i, S.X, i * lane_bytes
-        if tiled:
-            disp[row] += k[loaded].astype(np.int64) * TILE_BYTES
-        else:
-            step[row] = k[loaded]
+    row = at[loaded]
+    op[row], d[row], ptr[row] = OP["load"], source[loaded], S.X
+    if tiled:
+        disp[row] = k[loaded].astype(np.int64) * target.tile_bytes
+    else:
+        step[row] = k[loaded]
     slot_bytes = p.value_slot * 4
     if broadcast:
-        row = end - v - 1
+        row = end - 2
         op[row], d[row], disp[row] = OP["bcast"], weight, slot_bytes
-    for i in range(v):
-        row = end - v + i
-        op[row], d[row], a[row] = OP["fma_acc" if broadcast else "fma_bcast"], p.accumulator * v + i, source + i
-        if broadcast:
-            b[row] = weight
-        else:
-            disp[row] = slot_bytes
+    row = end - 1
+    op[row], d[row], a[row] = OP["fma_acc" if broadcast else "fma_bcast"], p.accumulator, source
+    if broadcast:
+        b[row] = weight
+    else:
+        disp[row] = slot_bytes
     cuts = np.concatenate([[0], end])[p.cuts]
     return Body(op, d, a, b, ptr, step, disp, cuts)
 
 
 def spare_registers(target: Target, temporaries: int) -> int:
     """Vector registers the kernel needs beside its accumulators: inputs and a weight while it adds, temporaries afterwards."""
-    adding = INPUT_REGISTERS * vectors(target) + (0 if target.embedded_broadcast else 1)
+    adding = INPUT_REGISTERS + (0 if target.embedded_broadcast else 1)
     return max(adding, temporaries)
 
 
@@ -192,13 +186,12 @@ class Blocks:
 
     def _block(self, b: Builder, block: int, body: slice, first: bool, last: bool, note: str, here: int) -> int:
         """Emits one block, placing label ``here`` in front; returns the label of what follows."""
-        task, p, v = self.task, self.plan, vectors(self.target)
+        task, p = self.task, self.plan
         span = slice(int(p.blocks[block]), int(p.blocks[block + 1]))
-        rows = np.repeat(p.order[span], v)
+        rows = p.order[span]
         n = rows.size
-        lane = np.tile(np.arange(v) * 4 * self.target.lanes, n // v)
-        partial = {"ptr": S.Y, "disp": rows * TILE_BYTES + lane}
-        top = b.label(f"rows {', '.join(map(str, p.order[span][:4]))}{' ...' if n > 4 * v else ''}{note}")
+        partial = {"ptr": S.Y, "disp": rows * self.target.tile_bytes}
+        top = b.label(f"rows {', '.join(map(str, rows[:4]))}{' ...' if n > 4 else ''}{note}")
         pointers, following = self._pointers(first, last), b.label()
         touched = int(np.count_nonzero(self.body.op[body] == OP["prefetch"])) if self.prefetch else 0
         b.place(here)
@@ -216,16 +209,16 @@ class Blocks:
             b.emit("s_arg", d=S.Y, disp=Arg.PT.byte)
             b.emit_many("load", n, d=np.arange(n), **partial)
         elif task.bias:
-            b.emit_many("bcast", n, d=np.arange(n), ptr=S.W, disp=np.repeat(p.bias_slot[span] * 4, v))
+            b.emit_many("bcast", n, d=np.arange(n), ptr=S.W, disp=p.bias_slot[span] * 4)
         else:
             b.emit_many("zero", n, d=np.arange(n))
         c = self.body
         b.emit_many(c.op[body], body.stop - body.start, c.d[body], c.a[body], c.b[body], c.ptr[body], c.step[body], c.disp[body])
         if last:
             if self.finish is not None:
-                where = self._by_rows(b, Arg.RT, Arg.R_PITCH, rows, lane) if task.residual else {}
+                where = self._by_rows(b, Arg.RT, Arg.R_PITCH, rows) if task.residual else {}
                 epilogue.apply(b, self.finish, n, where)
-            b.emit_many("store", n, a=np.arange(n), **self._by_rows(b, Arg.YT, Arg.Y_PITCH, rows, lane))
+            b.emit_many("store", n, a=np.arange(n), **self._by_rows(b, Arg.YT, Arg.Y_PITCH, rows))
         else:
             b.emit("s_arg", d=S.Y, disp=Arg.PT.byte)
             b.emit_many("store", n, a=np.arange(n), **partial)
@@ -238,13 +231,13 @@ class Blocks:
 
     def _pointers(self, first: bool, last: bool) -> list[tuple[Arg, Arg, int, Arg | None]]:
         """The tile pointers this block moves: pointer, where it starts, bytes per tile, and where it must not go beyond."""
-        task, rows = self.task, self.task.pattern.rows * TILE_BYTES
-        columns = self.task.pattern.cols * TILE_BYTES
+        task, tile = self.task, self.target.tile_bytes
+        rows, columns = task.pattern.rows * tile, task.pattern.cols * tile
         by_rows, staged = task.layout == "row_major", task.layout == "transposed"
         x_source = Arg.X_NEXT if task.layout == "tile_major" or not self.tiled else Arg.PANEL
-        pointers = [(Arg.XT, x_source, columns, None) if self.tiled else (Arg.XT, x_source, TILE_BYTES, Arg.X_LAST)]
+        pointers = [(Arg.XT, x_source, columns, None) if self.tiled else (Arg.XT, x_source, tile, Arg.X_LAST)]
         if last:
-            step, y_last, r_last = (TILE_BYTES, Arg.Y_LAST, Arg.R_LAST) if by_rows else (rows, None, None)
+            step, y_last, r_last = (tile, Arg.Y_LAST, Arg.R_LAST) if by_rows else (rows, None, None)
             pointers.append((Arg.YT, Arg.Y_PANEL if staged else Arg.Y_NEXT, step, y_last))
             if task.residual:
                 pointers.append((Arg.RT, Arg.R_PANEL if staged else Arg.R_NEXT, step, r_last))
@@ -252,10 +245,10 @@ class Blocks:
             pointers.append((Arg.PT, Arg.PARTIAL, rows, None))
         return pointers
 
-    def _by_rows(self, b: Builder, pointer: Arg, pitch: Arg, rows: NDArray[np.int64], lane: NDArray[np.int64]) -> dict[str, Any]:
+    def _by_rows(self, b: Builder, pointer: Arg, pitch: Arg, rows: NDArray[np.int64]) -> dict[str, Any]:
         """Point Y at the tile of an array with one row per output and say where each accumulator's vector lies in it."""
         b.emit("s_arg", d=S.Y, disp=pointer.byte)
         if self.task.layout != "row_major":
-            return {"ptr": S.Y, "step": 0, "disp": rows * TILE_BYTES + lane}
+            return {"ptr": S.Y, "step": 0, "disp": rows * self.target.tile_bytes}
         b.emit("s_arg", d=S.PY, disp=pitch.byte)
-        return {"ptr": S.Y, "step": rows, "disp": lane}
+        return {"ptr": S.Y, "step": rows}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..codegen.vector import TILE, TILE_BYTES, Builder, S
+from ..codegen.vector import Builder, S
 from ..target import Target
 from .arguments import Arg
 
@@ -33,7 +33,7 @@ def pack_rows(b: Builder, target: Target, extent: int) -> None:
         _pack_strip(b, target, extent, _STRIP)
         for step in (S.PX7, S.PX):
             b.emit("s_add", d=S.W, a=step)
-        b.emit("s_addi", d=S.CONST, disp=_STRIP * TILE_BYTES)
+        b.emit("s_addi", d=S.CONST, disp=_STRIP * target.tile_bytes)
         b.emit("loop", a=S.K, disp=turn)
     if extent % _STRIP:
         _pack_strip(b, target, extent, extent % _STRIP)
@@ -41,7 +41,6 @@ def pack_rows(b: Builder, target: Target, extent: int) -> None:
 
 def _pack_strip(b: Builder, target: Target, extent: int, rows: int) -> None:
     """``rows`` rows at W, all tiles of the group, to the panel rows at CONST."""
-    width, vectors = 4 * target.lanes, TILE // target.lanes
     tile = b.label()
     b.emit("s_mov", d=S.Y, a=S.CONST)
     b.emit("s_arg", d=S.T, disp=Arg.COUNT.byte)
@@ -50,18 +49,17 @@ def _pack_strip(b: Builder, target: Target, extent: int, rows: int) -> None:
     b.emit("s_mov", d=S.X, a=S.CODE)
     b.emit("s_min_arg", d=S.X, disp=Arg.XT.byte)
     b.emit("s_add", d=S.X, a=S.W)
-    for v in range(vectors):
-        for i in range(rows):
-            b.emit("load", d=i, ptr=S.X, step=i, disp=v * width)
-        for i in range(rows):
-            b.emit("store", a=i, ptr=S.Y, disp=i * TILE_BYTES + v * width)
-    b.emit("s_addi", d=S.Y, disp=extent * TILE_BYTES)
-    b.emit("s_addi", d=S.CODE, disp=TILE_BYTES)
+    for i in range(rows):
+        b.emit("load", d=i, ptr=S.X, step=i)
+    for i in range(rows):
+        b.emit("store", a=i, ptr=S.Y, disp=i * target.tile_bytes)
+    b.emit("s_addi", d=S.Y, disp=extent * target.tile_bytes)
+    b.emit("s_addi", d=S.CODE, disp=target.tile_bytes)
     b.emit("loop", a=S.T, disp=tile)
 
 
 def pack_transposed(b: Builder, target: Target, extent: int, source: Arg, tile: Arg, last: Arg, pitch: Arg, panel: Arg) -> None:
-    """panel[t][k][i] = x[16 t + i, k]: 4x4 transpositions; where ``extent`` is no multiple of 4 the last four overlap."""
+    """panel[t][k][i] = x[lanes * t + i, k]: 4x4 transpositions; where ``extent`` is no multiple of 4 the last four overlap."""
     top, turn = b.label(f"transpose into {panel.name}"), b.label()
     load_multiples(b, pitch)
     _start(b, source, panel)
@@ -72,21 +70,21 @@ def pack_transposed(b: Builder, target: Target, extent: int, source: Arg, tile: 
     b.emit("s_mov", d=S.X, a=S.W)
     _gather(b, target)
     b.emit("s_addi", d=S.W, disp=16)
-    b.emit("s_addi", d=S.Y, disp=4 * TILE_BYTES)
+    b.emit("s_addi", d=S.Y, disp=4 * target.tile_bytes)
     b.emit("loop", a=S.K, disp=turn)
     rest = extent % 4
     if rest:
         b.emit("s_addi", d=S.W, disp=4 * rest - 16)
-        b.emit("s_addi", d=S.Y, disp=(rest - 4) * TILE_BYTES)
+        b.emit("s_addi", d=S.Y, disp=(rest - 4) * target.tile_bytes)
         b.emit("s_mov", d=S.X, a=S.W)
         _gather(b, target)
-        b.emit("s_addi", d=S.Y, disp=4 * TILE_BYTES)
+        b.emit("s_addi", d=S.Y, disp=4 * target.tile_bytes)
     advance(b, Arg.XT, tile, last)
     b.emit("loop", a=S.T, disp=top)
 
 
 def unpack_transposed(b: Builder, target: Target, extent: int) -> None:
-    """y[16 t + i, m] = Y_PANEL[t][m][i], the same way backwards."""
+    """y[lanes * t + i, m] = Y_PANEL[t][m][i], the same way backwards."""
     top, turn = b.label("transpose into y"), b.label()
     load_multiples(b, Arg.Y_PITCH)
     _start(b, Arg.Y_NEXT, Arg.Y_PANEL)
@@ -97,15 +95,15 @@ def unpack_transposed(b: Builder, target: Target, extent: int) -> None:
     b.emit("s_mov", d=S.X, a=S.W)
     _scatter(b, target)
     b.emit("s_addi", d=S.W, disp=16)
-    b.emit("s_addi", d=S.Y, disp=4 * TILE_BYTES)
+    b.emit("s_addi", d=S.Y, disp=4 * target.tile_bytes)
     b.emit("loop", a=S.K, disp=turn)
     rest = extent % 4
     if rest:
         b.emit("s_addi", d=S.W, disp=4 * rest - 16)
-        b.emit("s_addi", d=S.Y, disp=(rest - 4) * TILE_BYTES)
+        b.emit("s_addi", d=S.Y, disp=(rest - 4) * target.tile_bytes)
         b.emit("s_mov", d=S.X, a=S.W)
         _scatter(b, target)
-        b.emit("s_addi", d=S.Y, disp=4 * TILE_BYTES)
+        b.emit("s_addi", d=S.Y, disp=4 * target.tile_bytes)
     advance(b, Arg.XT, Arg.Y_TILE, Arg.Y_LAST)
     b.emit("loop", a=S.T, disp=top)
 
@@ -130,10 +128,6 @@ def _start(b: Builder, source: Arg, panel: Arg) -> None:
     b.emit("s_arg", d=S.T, disp=Arg.COUNT.byte)
 
 
-def _halves(target: Target) -> range:
-    return range(TILE // target.lanes)
-
-
 def _transpose4(b: Builder, r: int) -> None:
     """Registers r .. r+3 hold rows of 4x4 blocks, one block per 128 bits; their transposes end in the same registers."""
     t = r + 4
@@ -148,22 +142,19 @@ def _transpose4(b: Builder, r: int) -> None:
 
 
 def _gather(b: Builder, target: Target) -> None:
-    """Four columns of 16 rows at X, transposed to four vectors at Y."""
-    for half in _halves(target):
-        for quarter in range(target.lanes // 4):
-            for i in range(4):
-                step = half * target.lanes + 4 * quarter + i
-                b.emit("insert4" if quarter else "load4", d=i, b=quarter, ptr=S.X, step=step)
-        _transpose4(b, 0)
+    """Four columns of a tile's rows at X, transposed to four vectors at Y."""
+    for quarter in range(target.lanes // 4):
         for i in range(4):
-            b.emit("store", a=i, ptr=S.Y, disp=i * TILE_BYTES + half * 4 * target.lanes)
+            b.emit("insert4" if quarter else "load4", d=i, b=quarter, ptr=S.X, step=4 * quarter + i)
+    _transpose4(b, 0)
+    for i in range(4):
+        b.emit("store", a=i, ptr=S.Y, disp=i * target.tile_bytes)
 
 
 def _scatter(b: Builder, target: Target) -> None:
-    for half in _halves(target):
+    for i in range(4):
+        b.emit("load", d=i, ptr=S.Y, disp=i * target.tile_bytes)
+    _transpose4(b, 0)
+    for quarter in range(target.lanes // 4):
         for i in range(4):
-            b.emit("load", d=i, ptr=S.Y, disp=i * TILE_BYTES + half * 4 * target.lanes)
-        _transpose4(b, 0)
-        for quarter in range(target.lanes // 4):
-            for i in range(4):
-                b.emit("store4", a=i, b=quarter, ptr=S.X, step=half * target.lanes + 4 * quarter + i)
+            b.emit("store4", a=i, b=quarter, ptr=S.X, step=4 * quarter + i)

@@ -8,7 +8,6 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..codegen.vector import TILE
 from ..errors import AliasError, ShapeError, UnsupportedError
 from ..schedule.schedule import Schedule
 from ..schedule.task import Task
@@ -78,6 +77,11 @@ class _Operator:
     def target(self) -> str:
         """Name of the target this was compiled for."""
         return self._compiled.target.name
+
+    @property
+    def tile(self) -> int:
+        """Columns of a tile: the lanes of the target's vectors (16 with AVX-512, 8 with AVX2)."""
+        return self._compiled.target.lanes
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -150,15 +154,16 @@ class _Operator:
         """Run on arrays whose ``axis`` holds the columns; copies where the kernel cannot take them as they are."""
         if y.size == 0:
             return
-        if r is not None and overlaps(r, y) and (columns % TILE or not same_view(r, y)):
+        if r is not None and overlaps(r, y) and (columns % self.tile or not same_view(r, y)):
             r = r.copy()  # the last tile overlaps the one before and would read what that one wrote
         x = x if packed_columns(x) else np.ascontiguousarray(x)
         r = r if r is None or packed_columns(r) else np.ascontiguousarray(r)
         target = y if packed_columns(y) else empty(y.shape)
-        if columns < TILE:
-            xp, rp = _padded(x, axis), None if r is None else _padded(r, axis)
-            yp = empty((y.shape[0], TILE) if axis == 1 else (TILE, y.shape[1]))
-            self._compiled.product.run(xp, yp, rp, TILE)
+        if columns < self.tile:
+            tile = self.tile
+            xp, rp = _padded(x, axis, tile), None if r is None else _padded(r, axis, tile)
+            yp = empty((y.shape[0], tile) if axis == 1 else (tile, y.shape[1]))
+            self._compiled.product.run(xp, yp, rp, tile)
             y[...] = yp[:, :columns] if axis == 1 else yp[:columns]
             return
         self._compiled.product.run(x, target, r, columns)
@@ -166,9 +171,9 @@ class _Operator:
             y[...] = target
 
 
-def _padded(array: Array, axis: int) -> Array:
+def _padded(array: Array, axis: int, tile: int) -> Array:
     """At least one tile of columns, zeros behind the real ones."""
-    padded = np.zeros((array.shape[0], TILE) if axis == 1 else (TILE, array.shape[1]), np.float32)
+    padded = np.zeros((array.shape[0], tile) if axis == 1 else (tile, array.shape[1]), np.float32)
     (padded[:, : array.shape[1]] if axis == 1 else padded[: array.shape[0]])[...] = array
     return padded
 
@@ -181,8 +186,8 @@ class CompiledMatmul(_Operator):
 
         Args:
             x: float32 (K, N), any N and any strides; rows whose elements lie back to back are read in place. Tile-major operators take
-                (T, K, 16), C-contiguous: column ``16 t + i`` of row ``k`` at ``[t, k, i]``.
-            out: float32 (M, N), or (T, M, 16), written and returned; a new array if None. It may be ``residual`` itself, not overlap x.
+                (T, K, tile), C-contiguous: column ``tile * t + i`` of row ``k`` at ``[t, k, i]``.
+            out: float32 (M, N), or (T, M, tile), written and returned; a new array if None. It may be ``residual`` itself, not overlap x.
             residual: float32 like ``out``, exactly if compiled with ``residual=``.
 
         Raises:
@@ -201,9 +206,9 @@ class CompiledMatmul(_Operator):
 
     def _tiles(self, x: Array, out: Any, residual: Any) -> Array:
         m, k = self._pattern.shape
-        if x.ndim != 3 or x.shape[1:] != (k, TILE):
-            raise ShapeError(f"shape {x.shape} is not (T, K={k}, {TILE})", where="x", hint="Compile with layout='row_major' for (K, N).")
-        shape = (x.shape[0], m, TILE)
+        if x.ndim != 3 or x.shape[1:] != (k, self.tile):
+            raise ShapeError(f"shape {x.shape} is not (T, K={k}, {self.tile})", where="x", hint="Compile with layout='row_major' for (K, N).")
+        shape = (x.shape[0], m, self.tile)
         y = empty(shape) if out is None else self._output(out, shape, x)
         r = self._residual(residual, shape)
         for name, array in (("x", x), ("out", y), ("residual", r)):
@@ -212,7 +217,7 @@ class CompiledMatmul(_Operator):
         if y.size:
             if r is not None and overlaps(r, y) and not same_view(r, y):
                 r = r.copy()
-            self._compiled.product.run(x, y, r, x.shape[0] * TILE)
+            self._compiled.product.run(x, y, r, x.shape[0] * self.tile)
         return y
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from ..codegen.vector import TILE, TILE_BYTES
 from ..kernels.arguments import SLOTS, Arg
 from ..kernels.matmul import Kernel
 from ..runtime.cpu import Executable, Frame, address_of
@@ -35,7 +34,7 @@ class NativeProduct:
         self._values = packed, address_of(packed)
 
     def run(self, x: Array, y: Array, r: Array | None, columns: int) -> None:
-        """One call. ``columns`` >= 16 of row-major or transposed arrays whose innermost stride is one element, or whole tiles."""
+        """One call. ``columns``, at least the target's lanes, of row-major or transposed arrays whose innermost stride is one element, or whole tiles."""
         key = (columns, x.strides[0], y.strides[0], 0 if r is None else r.strides[0])
         free = self._frames.get(key)
         frame = free.pop() if free else self._frame(*key)
@@ -51,16 +50,18 @@ class NativeProduct:
 
     def _frame(self, columns: int, x_pitch: int, y_pitch: int, r_pitch: int) -> Frame:
         """An argument block for arrays of these shapes and pitches, all but the addresses filled in."""
-        task, tiles = self.task, -(-columns // TILE)
+        task, lanes, width = self.task, self.target.lanes, self.target.tile_bytes
+        tiles = -(-columns // lanes)
         m, k = task.pattern.shape
         pitches = (x_pitch, y_pitch, r_pitch)
         steps = {
-            "row_major": (TILE_BYTES,) * 3,
-            "transposed": tuple(TILE * pitch for pitch in pitches),
-            "tile_major": (k * TILE_BYTES, m * TILE_BYTES, m * TILE_BYTES),
+            "row_major": (width,) * 3,
+            "transposed": tuple(lanes * pitch for pitch in pitches),
+            "tile_major": (k * width, m * width, m * width),
         }[task.layout]
         group = tiles_per_group(task, self.schedule, self.target, tiles)
-        frame = Frame(SLOTS, tuple((columns - TILE) * step // TILE for step in steps), self._scratch_rows() * group * TILE)
+        last = tuple((columns - lanes) * step // lanes for step in steps)
+        frame = Frame(SLOTS, last, sum(self._panels().values()) * group * lanes)
         s = frame.slots
         s[Arg.X_PITCH : Arg.X_TILE] = [pitch * n for pitch in pitches for n in (1, 3, 5, 7)]
         s[Arg.X_TILE : Arg.X_GROUP] = steps
@@ -69,7 +70,7 @@ class NativeProduct:
         at = address_of(frame.scratch)
         for slot, rows in self._panels().items():
             s[slot] = at
-            at += rows * group * TILE_BYTES
+            at += rows * group * width
         return frame
 
     def _panels(self) -> dict[Arg, int]:
@@ -83,6 +84,3 @@ class NativeProduct:
             Arg.Y_PANEL: m if staged else 0,
             Arg.PARTIAL: m if self.kernel.plan.segments > 1 else 0,
         }
-
-    def _scratch_rows(self) -> int:
-        return sum(self._panels().values())

@@ -14,7 +14,7 @@ class Schedule:
     """Three nested loops: groups of column tiles > segments of K > blocks of rows > tiles of the group.
 
     Attributes:
-        rows: output rows per block, each an accumulator for a tile of 16 columns.
+        rows: output rows per block, each an accumulator register for a tile of columns.
         k_segment: input rows per segment, 0 for all. Accumulators are carried from segment to segment through memory.
         tiles: column tiles per group, 0 for all. 1 is the *input-stationary* order (a tile of x stays in L1 while all code passes),
             all is the *code-stationary* order (a block's code stays while all tiles pass).
@@ -46,19 +46,14 @@ class Schedule:
         """
         most = most_rows(target, spare)
         if self.rows > most:
-            raise ScheduleError(f"{self.rows} rows need {self.rows * vectors(target)} accumulators; {target.name} has room for {most} rows "
-                                f"beside {spare} other registers", where="rows", hint=f"Use rows <= {most}.")  # fmt: skip
+            raise ScheduleError(f"{self.rows} rows need as many accumulators; {target.name} has room for {most} beside {spare} other "
+                                f"registers", where="rows", hint=f"Use rows <= {most}.")  # fmt: skip
 
     def __str__(self) -> str:
         return (f"rows={self.rows} k_segment={self.k_segment or 'all'} tiles={self.tiles or 'all'} "
                 f"x={'packed' if self.packed else 'direct'} order={self.order}{' prefetch' if self.prefetch else ''}")  # fmt: skip
 
 
-def vectors(target: Target) -> int:
-    """Vector registers that one row of a tile occupies."""
-    return 16 // target.lanes
-
-
 def most_rows(target: Target, spare: int) -> int:
     """The largest legal ``rows``."""
-    return (target.registers - spare) // vectors(target)
+    return target.registers - spare

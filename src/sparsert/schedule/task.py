@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ..sparsity.pattern import Pattern
 
 LAYOUTS = ("row_major", "tile_major", "transposed")
-"""x (K, N) to y (M, N); x (T, K, 16) to y (T, M, 16); x (N, K) to y (N, M) as ``torch.nn.Linear``."""
+"""x (K, N) to y (M, N); x (T, K, lanes) to y (T, M, lanes), ``lanes`` those of the target; x (N, K) to y (N, M) as ``torch.nn.Linear``."""
 
 
 @dataclass(frozen=True)

@@ -23,32 +23,42 @@ def by_count(pattern: Pattern, rows: int) -> Order:
 def by_overlap(pattern: Pattern, rows: int) -> Order:
     """Greedy groups of ``rows``: the heaviest row left seeds a block, then whichever row adds the fewest new columns joins.
 
-    Cost is O(rows of the matrix squared * columns) bit operations: for layers whose cost model asks for it.
+    Rows know their overlap with the block: a column that the block gains adds one to every row that has it.
     """
     m = pattern.rows
-    member = np.zeros((m, max(pattern.cols, 1)), np.float32)
-    member[pattern.row_of, pattern.indices] = 1.0
-    counts = pattern.row_counts.astype(np.float32)
-    left, order = np.ones(m, bool), np.empty(m, np.int64)
-    at = 0
-    while at < m:
-        seed = int(np.argmax(np.where(left, counts, -1.0)))
-        covered = member[seed].copy()
-        shared = member @ covered
-        block = [seed]
-        left[seed] = False
-        while len(block) < rows and at + len(block) < m:
-            # Few new columns first, many shared ones as the tie-break.
-            score = np.where(left, shared - 1.001 * counts, -np.inf)
-            best = int(np.argmax(score))
-            fresh = member[best] * (1.0 - covered)
-            shared += member @ fresh
-            covered += fresh
-            left[best] = False
-            block.append(best)
-        order[at : at + len(block)] = block
-        at += len(block)
+    by_column = np.argsort(pattern.indices, kind="stable")
+    members = pattern.row_of[by_column]  # rows of column 0, of column 1, ...
+    starts = np.concatenate([[0], np.cumsum(np.bincount(pattern.indices, minlength=pattern.cols))])
+    # What is minimised: columns a row would add, ties going to the row that shares more. Taken rows cost infinity.
+    count = pattern.row_counts.astype(np.float64)
+    cost, order = 1.001 * count, np.empty(m, np.int64)
+    heaviest = np.argsort(-pattern.row_counts, kind="stable")
+    taken, next_seed = np.zeros(m, bool), 0
+    for at in range(m):
+        if at % rows == 0:
+            while taken[heaviest[next_seed]]:
+                next_seed += 1
+            row = int(heaviest[next_seed])
+            covered = np.zeros(pattern.cols, bool)
+            cost = np.where(taken, np.inf, 1.001 * count)
+        else:
+            row = int(np.argmin(cost))
+        order[at], taken[row], cost[row] = row, True, np.inf
+        mine = pattern.indices[pattern.indptr[row] : pattern.indptr[row + 1]]
+        fresh = mine[~covered[mine]]
+        covered[fresh] = True
+        touched = members[_ranges(starts[fresh], starts[fresh + 1])]
+        cost -= np.bincount(touched, minlength=m)
     return order
+
+
+def _ranges(begin: Order, end: Order) -> Order:
+    """All integers of the half-open ranges, one range behind the other."""
+    length = end - begin
+    total = np.cumsum(length)
+    if not total.size:
+        return np.zeros(0, np.int64)
+    return np.arange(total[-1]) + np.repeat(begin - total + length, length)
 
 
 ORDERS = {"natural": natural, "count": by_count, "overlap": by_overlap}

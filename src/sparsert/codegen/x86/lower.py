@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import InternalError
-from ..vector import OP, OPS, PITCH_OF, TILE_BYTES, Columns, Program, S
+from ..vector import OP, OPS, PITCH_OF, POOL_BYTES, Columns, Program, S
 from .encoder import EVEX512, LEGACY, RIP, VEX256, Batch, Field, Ints
 from .table import ALIGN, LABEL, ROW, ROWS
 
@@ -69,7 +69,7 @@ _BY_PRODUCT = 9
 _INDEX = np.array([-1] + [-1 if reg < 0 else GPR[S(reg)] for reg, _ in _MULTIPLES.values()] + [GPR[S.TMP]], np.int8)
 _SCALE = np.array([0] + [scale for _, scale in _MULTIPLES.values()] + [0], np.int8)
 """Index register and scale: none, then 0 to 7 pitches, then the product in TMP."""
-_WINDOWED = {S.X: TILE_BYTES, S.W: 4}
+_WINDOWED = {S.X: 64, S.W: 4}
 """Pointers that walk far, and what a compressed displacement of theirs counts in; others take 32-bit displacements."""
 _MODIFIES = [OP[name] for name in ("s_add", "s_sub", "s_addi", "s_min", "s_min_arg")]
 _GPR_OF = np.array([GPR[s] for s in S], np.int8)
@@ -162,7 +162,7 @@ class _Rows:
         return [
             Batch(row, enc, place[some], _pick(fields, some) | where)
             for some, where in (
-                (constant, {"base": GPR[S.CONST], "disp": (-1 - number[constant].astype(np.int64)) * TILE_BYTES}),
+                (constant, {"base": GPR[S.CONST], "disp": (-1 - number[constant].astype(np.int64)) * POOL_BYTES}),
                 (~constant, {"rm": number[~constant]}),
             )
             if some.any()
