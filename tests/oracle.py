@@ -46,7 +46,7 @@ def _gated(gate: Callable[[F64], F64]) -> Callable[[F64], F64]:
 
 
 class Activation(NamedTuple):
-    """A function, its largest slope anywhere, and what a result may be off by absolutely (tails that are flushed to zero)."""
+    """A function, its largest slope, and what a result may be off by absolutely (tails that are flushed to zero)."""
 
     of: Callable[[F64], F64]
     slope: float
@@ -99,20 +99,23 @@ def product(matrix: SparseMatrix, x: F64) -> F64:
     return total
 
 
-def expected(matrix: SparseMatrix, x: Any, bias: Any = None, activation: Any = None, residual: str | None = None, r: Any = None,
-             multiply: Callable[[SparseMatrix, F64], F64] = product) -> Expected:  # fmt: skip
+def expected(matrix: SparseMatrix, x: Any, bias: Any = None, activation: Any = None, residual: str | None = None,
+             r: Any = None, multiply: Callable[[SparseMatrix, F64], F64] = product) -> Expected:  # fmt: skip
     """The layer in float64 for x (K, N), with the project's bound.
 
-    A row's sum may be off by ``1e-6 * sqrt(terms) * sum of |terms|``; bias and a residual added before count as terms. The activation
-    stretches that by its largest slope and adds 4 ulp of its own value, a residual added afterwards one rounding. Below the smallest
-    normal number rounding is absolute: half a spacing for each term.
+    A row's sum may be off by ``1e-6 * sqrt(terms) * sum of |terms|``; bias and a residual added before count as terms.
+    The activation stretches that by its largest slope and adds 4 ulp of its own value, a residual added afterwards one
+    rounding. Below the smallest normal number rounding is absolute: half a spacing for each term.
     """
     with np.errstate(all="ignore"):
         x = np.asarray(x, np.float64)
         magnitudes = SparseMatrix(matrix.pattern, np.abs(matrix.values))
         total, size = multiply(matrix, x), multiply(magnitudes, np.abs(x))
         terms = matrix.pattern.row_counts.astype(np.float64)[:, None]
-        for extra in (None if bias is None else np.asarray(bias, np.float64)[:, None], r if residual == "before" else None):
+        for extra in (
+            None if bias is None else np.asarray(bias, np.float64)[:, None],
+            r if residual == "before" else None,
+        ):
             if extra is not None:
                 total, size, terms = total + extra, size + np.abs(np.asarray(extra, np.float64)), terms + 1
         function = activation_of(activation)
@@ -141,4 +144,5 @@ def complaint(got: NDArray[np.float32], want: Expected) -> str:
         excess = np.where(bad, np.nan_to_num(np.abs(value - want.y) / want.bound, nan=np.inf), -1.0)
         at = np.unravel_index(int(np.argmax(excess)), got.shape)
         place = tuple(int(i) for i in at)
-    return f"{int(bad.sum())} of {got.size} wrong; at {place}: {got[at]!r}, should be {want.y[at]!r} +- {want.bound[at]:.3g}"
+    should = f"{want.y[at]!r} +- {want.bound[at]:.3g}"
+    return f"{int(bad.sum())} of {got.size} wrong; at {place}: {got[at]!r}, should be {should}"

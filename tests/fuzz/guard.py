@@ -1,7 +1,8 @@
 """Arrays against inaccessible pages: one byte read or written too far ends the process, and canaries see the rest.
 
-A :class:`Region` is a few pages with an inaccessible one on either side. An array is laid so that its first or its last byte touches such a
-page; every byte of the region that belongs to no element is a canary. A fault kills the process, so use this in a child.
+A :class:`Region` is a few pages with an inaccessible one on either side. An array is laid so that its first or its last
+byte touches such a page; every byte of the region that belongs to no element is a canary. A fault kills the process, so
+use this in a child.
 """
 
 from __future__ import annotations
@@ -75,13 +76,15 @@ class Buffers:
     def __init__(self) -> None:
         self._regions: list[tuple[str, Region]] = []
 
-    def array(self, name: str, shape: tuple[int, ...], strides: tuple[int, ...], *, at_end: bool) -> NDArray[np.float32]:
+    def array(
+        self, name: str, shape: tuple[int, ...], strides: tuple[int, ...], *, at_end: bool
+    ) -> NDArray[np.float32]:
         region = Region(span_of(shape, strides), at_end=at_end)
         self._regions.append((name, region))
         return region.array(shape, strides)
 
     def aligned_empty(self, count: int, dtype: Any = np.float32, alignment: int = 64) -> NDArray[Any]:
-        """In the place of :func:`sparsert.runtime.memory.aligned_empty`: ends at the guard page, or just before if not aligned so."""
+        """In the place of :func:`sparsert.runtime.memory.aligned_empty`: ends at the guard page, or as near as it may."""
         item = np.dtype(dtype).itemsize
         region = Region(count * item, at_end=True, alignment=alignment)
         self._regions.append((f"internal buffer of {count} {np.dtype(dtype)}", region))
@@ -94,8 +97,8 @@ class Buffers:
 
     def complaints(self) -> list[str]:
         """Which canaries died, in words."""
-        return [f"{name}: {stray.size} bytes outside were written, from offset {stray[0]} on" for name, region in self._regions
-                if (stray := region.stray()).size]  # fmt: skip
+        strays = [(name, region.stray()) for name, region in self._regions]
+        return [f"{name}: {s.size} bytes outside were written, from offset {s[0]} on" for name, s in strays if s.size]
 
     def internal(self) -> int:
         """How many buffers of the package's own are guarded."""
@@ -104,7 +107,7 @@ class Buffers:
 
 @contextmanager
 def guarded(buffers: Buffers) -> Iterator[None]:
-    """Every allocation that the package makes for a kernel comes from ``buffers``, wherever the allocators were imported to."""
+    """What the package allocates for a kernel comes from ``buffers``, wherever the allocators were imported to."""
     from sparsert.operators import arrays
     from sparsert.runtime import memory
 

@@ -1,6 +1,7 @@
-"""Drawn operators on guarded arrays. Run as a script it is the child of ``test_guard_pages.py``: it logs each case, then runs it.
+"""Drawn operators on guarded arrays. Run as a script it is the child of ``test_guard_pages.py``: logs a case, then runs it.
 
-A case is drawn from its seed and number alone: ``python tests/fuzz/guard_cases.py --seed 0 --first 17 --count 1`` repeats one.
+A case is drawn from its seed and number alone. To repeat one:
+``PYTHONPATH=src:tests python tests/fuzz/guard_cases.py --seed 0 --first 17``.
 """
 
 from __future__ import annotations
@@ -18,19 +19,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1])]  # the folder tests, where this is run as a script
-
 import sparsert
 from fuzz.guard import Buffers, guarded
+from oracle import ACTIVATIONS as KNOWN
 from oracle import complaint, expected, same_bits
 from sparsert import Clip, Schedule
 from sparsert.errors import ScheduleError
 from sparsert.runtime.host import host_report
 from sparsert.sparsity.pattern import SparseMatrix, from_csr
 
-TILE = 16
 Array = NDArray[np.float32]
-ACTIVATIONS = (None, None, "relu", "relu6", "silu", "hardswish", "gelu", "gelu_tanh", Clip(-0.5, 0.75))
+ACTIVATIONS = (None, None, *(name for name in KNOWN if name), Clip(-0.5, 0.75))
+PATTERNS = ("uniform", "empty_rows", "one_column", "dense", "uneven")
 SPECIAL = np.array([np.nan, np.inf, -np.inf, -0.0, 1e-40, -1e-45, 1e-30, 1e30, -1e30, 3e33], np.float32)
 
 
@@ -66,13 +66,14 @@ def draw(seed: int, number: int, targets: list[str]) -> tuple[Case, np.random.Ge
     """A case, and the generator for its values."""
     rng = np.random.default_rng([seed, number])
     target = "reference" if rng.random() < 0.04 else str(rng.choice(targets))
-    columns = [int(rng.choice([extent(rng), rng.integers(1, TILE), rng.integers(TILE, 2 * TILE), TILE * rng.integers(1, 8)]))
+    columns = [int(rng.choice([extent(rng), rng.integers(1, 16), rng.integers(16, 32), 8 * rng.integers(1, 16)]))
                for _ in range(1 + int(rng.random() < 0.4))]  # fmt: skip
     residual = [None, "before", "after"][int(rng.choice(3, p=[0.4, 0.3, 0.3]))]
     case = Case(
         seed, number, target, str(rng.choice(["row_major", "tile_major", "linear"], p=[0.45, 0.2, 0.35])),
-        (extent(rng), extent(rng)), tuple(columns), str(rng.choice(["uniform", "empty_rows", "one_column", "dense", "uneven"])),
-        float(rng.choice([0.0, 0.02, 0.1, 0.3, 1.0], p=[0.05, 0.2, 0.4, 0.25, 0.1])), bool(rng.random() < 0.4), bool(rng.random() < 0.5),
+        (extent(rng), extent(rng)), tuple(columns), str(rng.choice(PATTERNS)),
+        float(rng.choice([0.0, 0.02, 0.1, 0.3, 1.0], p=[0.05, 0.2, 0.4, 0.25, 0.1])),
+        bool(rng.random() < 0.4), bool(rng.random() < 0.5),
         int(rng.integers(len(ACTIVATIONS))), residual, bool(residual and rng.random() < 0.4), bool(rng.random() < 0.2),
     )  # fmt: skip
     return case, rng
@@ -127,17 +128,18 @@ def compiled(case: Case, layout: str, matrix: SparseMatrix, bias: Array | None, 
         raise AssertionError(f"{schedule} is refused: {error}") from error
 
 
-def placed(buffers: Buffers, name: str, plain: Array, layout: str, leading: tuple[int, ...], rng: np.random.Generator) -> Array:
-    """A guarded array in ``layout`` with the elements of ``plain`` (rows, columns), at a drawn place with drawn strides.
+def placed(buffers: Buffers, name: str, plain: Array, layout: str, tile: int, leading: tuple[int, ...],
+           rng: np.random.Generator) -> Array:  # fmt: skip
+    """A guarded array in ``layout`` with the elements of ``plain`` (rows, columns), drawn strides at a drawn place.
 
     ``leading`` is how a linear layer's columns are arranged: (), (columns,) or (2, columns / 2).
     """
     rows, columns = plain.shape
     at_end = bool(rng.random() < 0.6)
     if layout == "tile_major":
-        shape: tuple[int, ...] = (-(-columns // TILE), rows, TILE)
-        array = buffers.array(name, shape, (4 * rows * TILE, 4 * TILE, 4), at_end=at_end)
-        array[...] = tiles(plain)
+        shape: tuple[int, ...] = (-(-columns // tile), rows, tile)
+        array = buffers.array(name, shape, (4 * rows * tile, 4 * tile, 4), at_end=at_end)
+        array[...] = tiles(plain, tile)
         return array
     stored = plain.T if layout == "linear" else plain
     inner = int(rng.choice([4, 8, -4], p=[0.9, 0.05, 0.05]))
@@ -154,18 +156,18 @@ def placed(buffers: Buffers, name: str, plain: Array, layout: str, leading: tupl
     return array
 
 
-def tiles(plain: Array) -> Array:
-    """(rows, columns) as (T, rows, 16), zeros behind the last column."""
+def tiles(plain: Array, tile: int) -> Array:
+    """(rows, columns) as (T, rows, tile), zeros behind the last column."""
     rows, columns = plain.shape
-    whole = np.zeros((rows, -(-columns // TILE), TILE), np.float32)
-    whole.reshape(rows, whole.shape[1] * TILE)[:, :columns] = plain
+    whole = np.zeros((rows, -(-columns // tile), tile), np.float32)
+    whole.reshape(rows, whole.shape[1] * tile)[:, :columns] = plain
     return np.ascontiguousarray(whole.transpose(1, 0, 2))
 
 
 def plainly(array: Array, layout: str, columns: int) -> Array:
     """(rows, columns) from an array in ``layout``."""
     if layout == "tile_major":
-        return np.array(array.transpose(1, 0, 2).reshape(array.shape[1], array.shape[0] * TILE)[:, :columns])
+        return np.array(array.transpose(1, 0, 2).reshape(array.shape[1], array.shape[0] * array.shape[2])[:, :columns])
     if layout == "linear":
         return np.array(array.reshape(columns, array.shape[-1]).T)
     return np.array(array)
@@ -199,13 +201,19 @@ def call(case: Case, op: Any, matrix: SparseMatrix, bias: Array | None, columns:
         hit = rng.random(values.shape) < rng.choice([0.003, 0.05])
         values[hit] = rng.choice(SPECIAL, int(hit.sum()))
     forms: list[tuple[int, ...]] = [(columns,)] * 2 + [()] * (columns == 1) + [(2, columns // 2)] * (columns % 2 == 0)
-    where = (case.layout, forms[int(rng.integers(len(forms)))], rng)
+    where = (case.layout, op.tile, forms[int(rng.integers(len(forms)))], rng)
     x = placed(buffers, "x", values, *where)
     values = plainly(x, case.layout, columns)  # strides of zero make elements one
     r = rng.standard_normal((rows, columns)).astype(np.float32) if case.residual else None
-    out = placed(buffers, "out", np.full((rows, columns), -7e33, np.float32) if r is None or not case.in_place else r, *where)
+    out = placed(
+        buffers, "out", np.full((rows, columns), -7e33, np.float32) if r is None or not case.in_place else r, *where
+    )
     given = None if r is None else out if case.in_place else placed(buffers, "residual", r, *where)
-    held = [(name, array, np.array(array)) for name, array in (("x", x), ("residual", given)) if array is not None and array is not out]
+    held = [
+        (name, array, np.array(array))
+        for name, array in (("x", x), ("residual", given))
+        if array is not None and array is not out
+    ]
     result = op(x, out=out, residual=given)
     problems = [] if result is out else ["the result is not out"]
     problems += [f"{name} was changed" for name, array, before in held if not same_bits(array, before)]
@@ -215,7 +223,11 @@ def call(case: Case, op: Any, matrix: SparseMatrix, bias: Array | None, columns:
 
     layout = str(rng.choice(["row_major", "tile_major", "linear"]))
     other = compiled(case, layout, matrix, bias, rng)
-    arrange = {"row_major": lambda a: a, "tile_major": tiles, "linear": lambda a: np.ascontiguousarray(a.T)}[layout]
+    arrange = {
+        "row_major": lambda a: a,
+        "tile_major": lambda a: tiles(a, other.tile),
+        "linear": lambda a: np.ascontiguousarray(a.T),
+    }[layout]
     again = plainly(other(arrange(values), residual=None if r is None else arrange(r)), layout, columns)
     if not same_bits(again, got):
         problems.append(f"bits differ between {case.layout}, {op.schedule} and {layout}, {other.schedule}")

@@ -1,7 +1,8 @@
-"""Generated code touches no byte outside its arrays: drawn layers on arrays that end, or begin, at an inaccessible page."""
+"""Generated code touches no byte outside its arrays: drawn layers on arrays that end or begin at an inaccessible page."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 import sparsert
-from fuzz.guard import Buffers, Region
+from fuzz.guard import CANARY, Buffers, Region, span_of
 
 pytestmark = pytest.mark.isa("x86-avx2")
 
@@ -21,9 +22,9 @@ ATTEMPT = 1800  # seconds after which a child is given up: far beyond what any m
 
 
 def child(arguments: list[str], log: Path) -> subprocess.CompletedProcess[str]:
-    source = Path(sparsert.__file__).parents[1]
+    path = os.pathsep.join([str(Path(sparsert.__file__).parents[1]), str(Path(__file__).parents[1])])
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=ATTEMPT, check=False,
-                          env={**os.environ, "PYTHONPATH": os.pathsep.join([str(source), str(Path(__file__).parents[1])])}, cwd=log.parent)  # fmt: skip
+                          env={**os.environ, "PYTHONPATH": path}, cwd=log.parent)  # fmt: skip
 
 
 def verdict(done: subprocess.CompletedProcess[str], log: Path) -> str:
@@ -34,7 +35,8 @@ def verdict(done: subprocess.CompletedProcess[str], log: Path) -> str:
         return f"{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
     cases = log.read_text().splitlines() if log.exists() else []
     name = signal.Signals(-done.returncode).name
-    return f"{name} after {max(len(cases) - 1, 0)} good cases in {cases[-1] if cases else 'nothing yet'}\n{done.stderr[-4000:]}"
+    last = cases[-1] if cases else "nothing yet"
+    return f"{name} after {max(len(cases) - 1, 0)} good cases in {last}\n{done.stderr[-4000:]}"
 
 
 def campaign(seed: int, count: int, folder: Path) -> None:
@@ -80,21 +82,30 @@ print("alive")
     assert 'after 1 good cases in {"number": 1}' in verdict(done, log)
 
 
-@pytest.mark.parametrize("strides", [(44, 4), (-44, 4), (41, 4), (44, -4), (80, 8)])
-def test_canaries_between_elements(strides: tuple[int, int]) -> None:
-    buffers = Buffers()
-    array = buffers.array("out", (3, 10), strides, at_end=True)
+@pytest.mark.parametrize("at_end", [True, False])
+@pytest.mark.parametrize("strides", [(44, 4), (-44, 4), (41, 4), (44, -4), (-81, -8)])
+def test_canaries_between_elements(strides: tuple[int, int], at_end: bool) -> None:
+    region = Region(span_of((3, 10), strides), at_end=at_end)
+    array = region.array((3, 10), strides)
     array[...] = 5.0
+    assert region.owned.sum() == array.nbytes
+    assert not region.stray().size
+    outside = np.flatnonzero(~region.owned)
+    for place in (outside[0], outside[outside > region.start][0], outside[-1]):
+        region.bytes[place] = 0
+        assert list(region.stray()) == [place - region.start]
+        region.bytes[place] = CANARY
+
+
+def test_complaints_name_the_array() -> None:
+    buffers = Buffers()
+    buffers.array("x", (4, 4), (16, 4), at_end=True)
+    internal = buffers.aligned_empty(10)
     assert buffers.complaints() == []
-    array.base[np.flatnonzero(~_owned(array))[-1]] = 0  # type: ignore[index]
-    assert len(buffers.complaints()) == 1
-    assert buffers.complaints()[0].startswith("out: 1 bytes outside")
-
-
-def _owned(array: np.ndarray) -> np.ndarray:
-    """Which bytes of the region belong to an element, found by writing them."""
-    touched = np.array(array.base) != 0xF7
-    return touched
+    assert buffers.internal() == 1
+    assert internal.__array_interface__["data"][0] % 64 == 0
+    ctypes.memset(internal.__array_interface__["data"][0] + 40, 0, 3)
+    assert buffers.complaints() == ["internal buffer of 10 float32: 3 bytes outside were written, from offset 40 on"]
 
 
 def test_arrays_touch_the_inaccessible_page() -> None:

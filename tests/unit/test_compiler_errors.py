@@ -9,7 +9,7 @@ import platform
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,16 @@ from oracle import COMPILED, complaint, dense_matrix, expected
 from sparsert import Clip, Schedule
 from sparsert.compiler import compile_listing
 from sparsert.errors import (
-    CodeBudgetError, DTypeError, ExecutableMemoryError, FormatError, ScheduleError, ShapeError, SparseRTError, TargetUnavailableError,
-    UnsupportedError, ValueRangeError,
+    CodeBudgetError,
+    DTypeError,
+    ExecutableMemoryError,
+    FormatError,
+    ScheduleError,
+    ShapeError,
+    SparseRTError,
+    TargetUnavailableError,
+    UnsupportedError,
+    ValueRangeError,
 )  # fmt: skip
 from sparsert.runtime import host, memory
 from sparsert.sparsity.pattern import MAX_EXTENT, as_sparse
@@ -156,14 +164,18 @@ def test_layout(layout: Any) -> None:
 
 @pytest.mark.parametrize("bounds", [(1, 0), (np.nan, 1), (0, np.nan), ("a", "b"), (None, 1)])
 def test_clip_without_a_value_between(bounds: tuple[Any, Any]) -> None:
-    for make in (lambda: Clip(*bounds), lambda: sparsert.compile_matmul(W, activation=("clip", *bounds), target="reference")):
+    for make in (
+        lambda: Clip(*bounds),
+        lambda: sparsert.compile_matmul(W, activation=("clip", *bounds), target="reference"),
+    ):
         with pytest.raises(ValueRangeError):
             make()
 
 
 def test_names_are_suggested() -> None:
     for options, names in (({"activation": "elu"}, ("relu", "relu6", "silu", "hardswish", "gelu", "gelu_tanh", "Clip")),
-                           ({"target": "arm"}, ("native", "x86-avx512", "x86-avx2", "reference")), ({"residual": 1}, ("before", "after")),
+                           ({"target": "arm"}, ("native", "x86-avx512", "x86-avx2", "reference")),
+                           ({"residual": 1}, ("before", "after")),
                            ({"precision": "bf16"}, ("f32",))):  # fmt: skip
         with pytest.raises(UnsupportedError) as caught:
             sparsert.compile_matmul(W, **options)  # type: ignore[arg-type]
@@ -230,15 +242,18 @@ def test_the_reference_has_no_listing() -> None:
 # ---- other machines --------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=[("darwin", "arm64", "Darwin"), ("linux", "aarch64", "Linux"), ("win32", "AMD64", "Windows")], ids=lambda p: p[2])
-def elsewhere(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, str]]:
+@pytest.fixture(
+    params=[("darwin", "arm64", "Darwin"), ("linux", "aarch64", "Linux"), ("win32", "AMD64", "Windows")],
+    ids=lambda p: p[2],
+)
+def elsewhere(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[str, str]:
     """Another operating system or processor, as far as Python tells."""
     system, machine, name = request.param
     monkeypatch.setattr(host, "cpu_features", host.cpu_features.__wrapped__)
     monkeypatch.setattr(sys, "platform", system)
     monkeypatch.setattr(platform, "machine", lambda: machine)
     monkeypatch.setattr(platform, "system", lambda: name)
-    yield name, machine
+    return name, machine
 
 
 def test_other_machines(elsewhere: tuple[str, str]) -> None:
@@ -281,8 +296,8 @@ def test_a_machine_without_linux_calls() -> None:
         except sparsert.errors.TargetUnavailableError as error:
             print(error.hint)
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(body)], capture_output=True, text=True, timeout=300, check=False,
-                          env={**os.environ, "PYTHONPATH": str(Path(sparsert.__file__).parents[1])})  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(body)], capture_output=True, text=True, timeout=300,
+                          check=False, env={**os.environ, "PYTHONPATH": str(Path(sparsert.__file__).parents[1])})  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "target='reference'" in done.stdout
 
@@ -358,7 +373,9 @@ def test_no_mprotect(target: str, policy: Callable[[bool], Libc], rng: np.random
 
 @pytest.mark.parametrize("target", COMPILED)
 @pytest.mark.parametrize("without_memfd", [False, True])
-def test_no_executable_memory_at_all(target: str, without_memfd: bool, policy: Callable[[bool], Libc], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_executable_memory_at_all(
+    target: str, without_memfd: bool, policy: Callable[[bool], Libc], monkeypatch: pytest.MonkeyPatch
+) -> None:
     host.cpu_features()
     if without_memfd:
         monkeypatch.delattr(os, "memfd_create")
@@ -375,8 +392,10 @@ def test_no_executable_memory_at_all(target: str, without_memfd: bool, policy: C
 
 
 @pytest.mark.isa("x86-avx2")
-def test_report_where_executable_memory_is_refused(policy: Callable[[bool], Libc], monkeypatch: pytest.MonkeyPatch) -> None:
-    """CPUID is read by generated code as well: the report says why nothing compiled runs, and the reference still does."""
+def test_report_where_executable_memory_is_refused(
+    policy: Callable[[bool], Libc], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CPUID is read by generated code as well: the report says why nothing compiled runs; the reference still does."""
     monkeypatch.setattr(host, "cpu_features", host.cpu_features.__wrapped__)
     policy(True)
     report = host.host_report()

@@ -17,7 +17,7 @@ import pytest
 from oracle import complaint, expected
 from sparsert import Clip
 from sparsert.codegen.interpreter import EFFECTS, LANES, Region, fused, region, run
-from sparsert.codegen.vector import OPS, TILE, TILE_BYTES, Builder, Program, S, check
+from sparsert.codegen.vector import OPS, Builder, Program, S, check
 from sparsert.codegen.x86.assemble import ENCODINGS, assemble
 from sparsert.codegen.x86.lower import lower
 from sparsert.errors import InternalError
@@ -233,7 +233,7 @@ class Interpreted:
             for i in range(whole.shape[0]):
                 memory[f"{name}[{i}]"] = memory_at(address_of(whole[i]), 4 * whole.shape[1])
         for slot, rows in self.panels().items():
-            memory[slot.name] = memory_at(int(slots[slot]), rows * TILE_BYTES * int(slots[Arg.GROUP]))
+            memory[slot.name] = memory_at(int(slots[slot]), rows * self.target.tile_bytes * int(slots[Arg.GROUP]))
         run(self.kernel.program, self.target.lanes, slots, memory)
 
     def panels(self) -> dict[Arg, int]:
@@ -245,10 +245,10 @@ class Interpreted:
         return rows | ({Arg.PARTIAL: m} if self.kernel.plan.segments > 1 else {})
 
 
-def arranged(dense: np.ndarray, layout: str, pad: int) -> np.ndarray:
+def arranged(dense: np.ndarray, layout: str, lanes: int, pad: int) -> np.ndarray:
     """A (rows, columns) array as the layout has it, with ``pad`` elements between rows."""
     if layout == "tile_major":
-        return np.ascontiguousarray(dense.reshape(len(dense), -1, TILE).transpose(1, 0, 2))
+        return np.ascontiguousarray(dense.reshape(len(dense), -1, lanes).transpose(1, 0, 2))
     inner = dense.T if layout == "transposed" else dense
     wide = np.zeros((inner.shape[0], inner.shape[1] + pad), np.float32)
     wide[:, : inner.shape[1]] = inner
@@ -262,10 +262,12 @@ def plain(array: np.ndarray, layout: str) -> np.ndarray:
 
 
 def check_product(
-    target: Target, weight: np.ndarray, columns: int, schedule: Schedule, rng: np.random.Generator, *, layout: str = "row_major",
-    bias: bool = False, activation: Any = None, residual: str | None = None, pad: int = 0, special: bool = False,
+    target: Target, weight: np.ndarray, columns: int, schedule: Schedule, rng: np.random.Generator, *,
+    layout: str = "row_major", bias: bool = False, activation: Any = None, residual: str | None = None, pad: int = 0,
+    special: bool = False,
 ) -> None:  # fmt: skip
     """Interpret the kernel, compare with float64 and, to the last bit, with the machine code where it can run."""
+    columns = -(-columns // target.lanes) * target.lanes if layout == "tile_major" else columns
     matrix = as_sparse(weight)
     (m, k), (found, parameters) = matrix.shape, activations.parse(activation)
     task = Task(matrix.pattern, bias, found.name if found else None, parameters, residual, layout)
@@ -276,9 +278,8 @@ def check_product(
         some = rng.random(x.shape) < 0.1
         x[some] = rng.choice(EDGES, int(some.sum()))
     b = rng.standard_normal(m).astype(np.float32) if bias else None
-    own = {"x": arranged(x, layout, pad), "y": arranged(np.full((m, columns), 99, np.float32), layout, pad)}
-    if residual:
-        own["r"] = arranged(r, layout, pad)
+    given = {"x": x, "y": np.full((m, columns), 99, np.float32)} | ({"r": r} if residual else {})
+    own = {name: arranged(array, layout, target.lanes, pad) for name, array in given.items()}
     fake = Interpreted(task, schedule, target, kernel)
     fake.arrays = own
 
@@ -309,7 +310,8 @@ SCHEDULES = [
     Schedule(2, k_segment=4, tiles=2, packed=True), Schedule(3, k_segment=5, tiles=1, packed=True, prefetch=True),
 ]  # fmt: skip
 EPILOGUES: list[dict[str, Any]] = [
-    {}, {"bias": True}, {"residual": "before"}, {"residual": "after", "bias": True}, {"activation": "relu", "bias": True},
+    {}, {"bias": True}, {"residual": "before"}, {"residual": "after", "bias": True},
+    {"activation": "relu", "bias": True},
     {"activation": Clip(-0.5, 0.25), "residual": "after"}, {"activation": "hardswish", "residual": "before"},
     {"activation": "silu"}, {"activation": "gelu", "bias": True}, {"activation": "relu6"},
     {"activation": "gelu_tanh", "residual": "before", "bias": True},
@@ -322,18 +324,17 @@ layouts = pytest.mark.parametrize("layout", ["row_major", "tile_major", "transpo
 @layouts
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
 def test_every_schedule(target: Target, layout: str, schedule: Schedule, rng: np.random.Generator) -> None:
-    columns, weight = 48 if layout == "tile_major" else 39, sparse(rng, 7, 10, 0.4)
-    check_product(target, weight, columns, schedule, rng, layout=layout, bias=True, residual="before", pad=3)
+    weight = sparse(rng, 7, 10, 0.4)
+    check_product(target, weight, 39, schedule, rng, layout=layout, bias=True, residual="before", pad=3)
 
 
 @targets
 @layouts
 @pytest.mark.parametrize("epilogue", EPILOGUES, ids=lambda e: "+".join(map(str, e.values())) or "none")
 def test_every_epilogue(target: Target, layout: str, epilogue: dict[str, Any], rng: np.random.Generator) -> None:
-    columns = 32 if layout == "tile_major" else 21
     weight = sparse(rng, 5, 8, 0.5)
-    check_product(target, weight, columns, Schedule(2), rng, layout=layout, **epilogue)
-    check_product(target, weight, columns, Schedule(2), rng, layout=layout, special=True, **epilogue)
+    check_product(target, weight, 21, Schedule(2), rng, layout=layout, **epilogue)
+    check_product(target, weight, 21, Schedule(2), rng, layout=layout, special=True, **epilogue)
 
 
 @targets
@@ -343,7 +344,6 @@ def test_every_extent(target: Target, layout: str, extents: tuple[int, int, int]
     rows, cols, columns = extents
     if layout == "transposed" and min(rows, cols) < 4:
         pytest.skip("products this narrow run as row-major ones")
-    columns = -(-columns // TILE) * TILE if layout == "tile_major" else columns
     for density in (0.0, 0.3, 1.0):
         for schedule in (Schedule(2), Schedule(most_rows(target, 12), packed=True)):
             check_product(target, sparse(rng, rows, cols, density), columns, schedule, rng, layout=layout)

@@ -1,4 +1,4 @@
-"""Where code and data live, and what running code does to the process around it: threads, signals, fork, MXCSR, memory."""
+"""Where code and data live, and what running code does to the process: threads, signals, fork, MXCSR, memory."""
 
 from __future__ import annotations
 
@@ -112,7 +112,15 @@ def test_vectors_beyond_memory(count: int) -> None:
 
 def test_addresses() -> None:
     base = np.zeros((4, 6), np.float32)
-    for array in (base, base[1:, 2:], base[::-1], base.T, base[:0], np.broadcast_to(base[0], (3, 6)), np.zeros((), np.float32)):
+    for array in (
+        base,
+        base[1:, 2:],
+        base[::-1],
+        base.T,
+        base[:0],
+        np.broadcast_to(base[0], (3, 6)),
+        np.zeros((), np.float32),
+    ):
         assert address_of(array) == array.__array_interface__["data"][0]
 
 
@@ -145,7 +153,9 @@ def test_targets_by_name() -> None:
     assert caught.value.where == "target"
 
 
-@pytest.mark.parametrize(("features", "found"), [({"avx2", "fma", "avx512f"}, "x86-avx2"), ({"avx2"}, None), (set(), None)])
+@pytest.mark.parametrize(
+    ("features", "found"), [({"avx2", "fma", "avx512f"}, "x86-avx2"), ({"avx2"}, None), (set(), None)]
+)
 def test_native_is_the_best_that_runs(features: set[str], found: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host, "on_linux_x86", lambda: True)
     monkeypatch.setattr(host, "cpu_features", lambda: frozenset(features))
@@ -184,7 +194,9 @@ def switching_often() -> Iterator[None]:
 @pytest.mark.parametrize("target", COMPILED)
 def test_eight_threads_call_one_operator(target: str, rng: np.random.Generator) -> None:
     weight, bias = dense_matrix(rng, 70, 90, 0.2), rng.standard_normal(70).astype(np.float32)
-    op = sparsert.compile_matmul(weight, bias, "silu", target=target, schedule=sparsert.Schedule(rows=4, k_segment=40, packed=True))
+    op = sparsert.compile_matmul(
+        weight, bias, "silu", target=target, schedule=sparsert.Schedule(rows=4, k_segment=40, packed=True)
+    )
     xs = [rng.standard_normal((90, columns)).astype(np.float32) for columns in (3, 16, 40, 200)]
     wanted = [op(x) for x in xs]
     for x, y in zip(xs, wanted, strict=True):
@@ -239,15 +251,16 @@ def in_child(body: str, *arguments: str) -> str:
         y = op(x)
         assert np.abs(sparsert.compile_matmul(w, activation="gelu", target="reference")(x) - y).max() < 1e-4
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(setup) + textwrap.dedent(body), *arguments], capture_output=True, text=True,
-                          timeout=300, check=False, env={**os.environ, "PYTHONPATH": str(Path(sparsert.__file__).parents[1])})  # fmt: skip
+    program = textwrap.dedent(setup) + textwrap.dedent(body)
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, timeout=300,
+                          check=False, env={**os.environ, "PYTHONPATH": str(Path(sparsert.__file__).parents[1])})  # fmt: skip
     assert done.returncode == 0, f"exit {done.returncode}: {done.stderr[-3000:]}"
     return done.stdout.strip()
 
 
 @pytest.mark.parametrize("target", COMPILED)
 def test_ten_thousand_signals(target: str) -> None:
-    """The handler is native and counts those signals alone that interrupt the operator's code: rdx points to the saved registers."""
+    """The handler is native and counts only signals that interrupt the operator's code (rdx: the saved registers)."""
     said = in_child(
         """
         import ctypes, struct
@@ -379,7 +392,9 @@ def cycles(count: int, target: str) -> None:
     rng = np.random.default_rng(1)
     weight, x = dense_matrix(rng, 40, 30, 0.3), rng.standard_normal((30, 48)).astype(np.float32)
     for turn in range(count):
-        op = sparsert.compile_matmul(weight, activation="relu", target=target, schedule=sparsert.Schedule(4, k_segment=10, packed=True))
+        op = sparsert.compile_matmul(
+            weight, activation="relu", target=target, schedule=sparsert.Schedule(4, k_segment=10, packed=True)
+        )
         op(x[:, : 16 + turn % 32])
         if turn % 8 == 0:
             op.refit(weight)
@@ -419,10 +434,9 @@ def test_many_shapes_on_one_operator_leave_no_memory_behind() -> None:
     assert used()[0] - before < 64 << 20
 
 
-# ---- errors ------------------------------------------------------------------------------------------------------------
+# ---- errors ----------------------------------------------------------------------------------------------------------
 
-CLASSES = sorted({value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, errors.SparseRTError)},
-                 key=lambda kind: kind.__name__)  # fmt: skip
+CLASSES = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.SparseRTError)]
 
 
 @pytest.mark.parametrize("kind", CLASSES)
@@ -431,7 +445,13 @@ def test_errors_survive_pickling(kind: type[errors.SparseRTError], protocol: int
     error = kind("three words here", where="x", hint="Do that.")
     again = pickle.loads(pickle.dumps(error, protocol))
     assert type(again) is kind
-    assert (again.what, again.where, again.hint, str(again), again.args) == (error.what, error.where, error.hint, str(error), error.args)
+    assert (again.what, again.where, again.hint, str(again), again.args) == (
+        error.what,
+        error.where,
+        error.hint,
+        str(error),
+        error.args,
+    )
 
 
 def test_errors_have_codes_of_their_own() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from ..runtime.host import lookup
 from .peers import Bound, Form, Layer
 
 ROW_MAJOR = ""  # the plain column is just "sparsert"
@@ -41,7 +42,15 @@ def sparsert_forms(threads: int, target: str = "native") -> list[Form]:
             adds_bias=True,
             kinds=("matmul",),
         ),
-        Form(TILE_MAJOR, "tiles", lambda layer: matmul(layer, "tile_major"), "ours", adds_bias=True, kinds=("matmul",)),
+        Form(
+            TILE_MAJOR,
+            "tiles",
+            lambda layer: matmul(layer, "tile_major"),
+            "ours",
+            adds_bias=True,
+            kinds=("matmul",),
+            tile=lookup(target).lanes,
+        ),
         Form(ROW_MAJOR, "nk", linear, "ours", aligned=False, adds_bias=True, kinds=("linear",)),
     ]
 

@@ -1,6 +1,6 @@
 """What a peer is: forms of one product that it may use, each bound to buffers and checked before it is timed.
 
-Layouts of activations: "kn" is x (K, N) row-major, "nk" its transpose (N, K), "tiles" is (ceil(N/16), K, 16).  A 1x1
+Layouts of activations: "kn" is x (K, N) row-major, "nk" its transpose (N, K), "tiles" is (ceil(N/tile), K, tile).  A 1x1
 convolution reads "kn" as NCHW and "nk" as NHWC.
 """
 
@@ -16,8 +16,6 @@ from numpy.typing import NDArray
 
 from ..sparsity.pattern import SparseMatrix
 from .problems import Problem
-
-TILE = 16
 
 Array = NDArray[np.float32]
 Layout = Literal["kn", "nk", "tiles"]
@@ -57,6 +55,7 @@ class Form:
         aligned: 64-byte aligned buffers; False for plain NumPy memory, as a user has it.
         adds_bias: whether the form adds the bias (SparseRT does; peers compute the bare product).
         kinds: the kinds of problem it suits.
+        tile: columns of a tile, where the layout is "tiles".
     """
 
     name: str
@@ -67,6 +66,7 @@ class Form:
     aligned: bool = True
     adds_bias: bool = False
     kinds: tuple[str, ...] = ("matmul", "linear")
+    tile: int = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,15 +178,15 @@ def as_numpy(result: Any) -> NDArray[Any]:
     return np.asarray(result.numpy() if hasattr(result, "numpy") else result)
 
 
-def shape_of(layout: Layout, rows: int, columns: int) -> tuple[int, ...]:
+def shape_of(layout: Layout, rows: int, columns: int, tile: int = 16) -> tuple[int, ...]:
     if layout == "kn":
         return rows, columns
-    return (columns, rows) if layout == "nk" else (-(-columns // TILE), rows, TILE)
+    return (columns, rows) if layout == "nk" else (-(-columns // tile), rows, tile)
 
 
 def allocate(rows: int, columns: int, form: Form) -> Array:
     """A buffer of ``rows`` channels; aligned to 64 bytes where the form asks for it."""
-    shape = shape_of(form.layout, rows, columns)
+    shape = shape_of(form.layout, rows, columns, form.tile)
     if not form.aligned:
         return np.zeros(shape, np.float32)
     size = math.prod(shape) * 4
@@ -203,9 +203,10 @@ def fill(buffer: Array, x: Array, layout: Layout) -> None:
     elif layout == "nk":
         buffer[:] = x.T
     else:
-        padded = np.zeros((rows, buffer.shape[0] * TILE), np.float32)
+        tile = buffer.shape[2]
+        padded = np.zeros((rows, buffer.shape[0] * tile), np.float32)
         padded[:, :columns] = x
-        buffer[:] = padded.reshape(rows, -1, TILE).transpose(1, 0, 2)
+        buffer[:] = padded.reshape(rows, -1, tile).transpose(1, 0, 2)
 
 
 def unfold(buffer: NDArray[Any], layout: Layout, rows: int, columns: int) -> NDArray[Any]:
@@ -214,7 +215,7 @@ def unfold(buffer: NDArray[Any], layout: Layout, rows: int, columns: int) -> NDA
         return buffer.reshape(rows, columns)
     if layout == "nk":
         return buffer.reshape(columns, rows).T
-    return buffer.reshape(-1, rows, TILE).transpose(1, 0, 2).reshape(rows, -1)[:, :columns]
+    return buffer.transpose(1, 0, 2).reshape(rows, -1)[:, :columns]
 
 
 def image(columns: int) -> tuple[int, int]:

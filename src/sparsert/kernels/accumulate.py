@@ -67,10 +67,9 @@ def plan(taps: Taps, extent: int, order: NDArray[np.int64], schedule: Schedule, 
     tap_position = position[taps.row]
     block, k = block_of[tap_position], taps.pitch.astype(np.int64)
     cell = k // width * n_blocks + block if segments > 1 else block
+    executed = _lexsort(tap_position, k, cell)
     accumulator = inside[tap_position]
-    key = (cell * max(extent, 1) + k) * schedule.rows + accumulator
-    executed, key = _sorted(key)
-    place = key // schedule.rows
+    place = (cell * max(extent, 1) + k)[executed]
     fresh = np.ones(place.size, bool)
     np.not_equal(place[1:], place[:-1], out=fresh[1:])
     cuts = np.searchsorted(place, np.arange(segments * n_blocks + 1) * max(extent, 1))
@@ -83,14 +82,17 @@ def plan(taps: Taps, extent: int, order: NDArray[np.int64], schedule: Schedule, 
                 int(place.size + (taps.rows if bias else 0)))  # fmt: skip
 
 
-def _sorted(key: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The permutation that sorts ``key``, and the sorted keys: sorted together in one word where both fit, which is faster."""
-    bits = int(key.size).bit_length()
-    if key.size and int(key.max()) < 1 << 62 - bits:
-        word = np.sort(key << bits | np.arange(key.size))
-        return word & (1 << bits) - 1, word >> bits
-    order = np.argsort(key)
-    return order, key[order]
+def _lexsort(*keys: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The stable permutation that sorts by the last key, then the one before, ...; short words, which NumPy sorts by radix, where they do."""
+    order: NDArray[np.int64] | None = None
+    for key in keys:
+        short = key.astype(np.uint16) if key.size and key.max() < 1 << 16 else key
+        if order is None:
+            rising = key.size < 2 or bool((key[1:] >= key[:-1]).all())  # rows in their natural order are
+            order = np.arange(key.size) if rising else np.argsort(short, kind="stable")
+        else:
+            order = order[np.argsort(short[order], kind="stable")]
+    return np.zeros(0, np.int64) if order is None else order
 
 
 @dataclass(frozen=True)

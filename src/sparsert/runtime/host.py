@@ -99,16 +99,23 @@ def with_host_caches(target: Target) -> Target:
 def default_threads() -> int:
     """What the affinity mask and the cgroup quota allow, at least 1."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    for quota_file, period_file in (("/sys/fs/cgroup/cpu.max", ""), ("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "/sys/fs/cgroup/cpu/cpu.cfs_period_us")):  # fmt: skip
+    return max(1, min(cores, _quota()))
+
+
+@cache
+def _quota() -> int:
+    """Whole cores that the cgroup grants (version 2, then 1); a large number where it sets no limit."""
+    for quota_file, period_file in (
+        ("/sys/fs/cgroup/cpu.max", ""),
+        ("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "/sys/fs/cgroup/cpu/cpu.cfs_period_us"),
+    ):
         try:
             text = Path(quota_file).read_text().split()
             quota, period = (text[0], text[1]) if not period_file else (text[0], Path(period_file).read_text().strip())
-            if quota not in ("max", "-1"):
-                cores = min(cores, max(1, int(quota) // max(1, int(period))))
-            break
+            return 1 << 20 if quota in ("max", "-1") else max(1, int(quota) // max(1, int(period)))
         except (OSError, ValueError, IndexError):
             continue
-    return max(1, cores)
+    return 1 << 20
 
 
 def cpu_name() -> str:

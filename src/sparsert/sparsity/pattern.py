@@ -159,14 +159,13 @@ def as_sparse(weight: Any, where: str = "weight") -> SparseMatrix:
     if isinstance(weight, tuple) and len(weight) == 4:
         return from_csr(*weight, where)
     dense = as_dense_weight(weight, where)
-    require_finite(dense, where)
-    mask = dense != 0
     rows, cols = dense.shape
-    indptr = np.zeros(rows + 1, np.int64)
-    np.cumsum(np.count_nonzero(mask, axis=1), out=indptr[1:])
-    flat = np.flatnonzero(mask)
+    flat = np.flatnonzero(dense != 0)
+    values = dense.reshape(-1)[flat]
+    require_finite(values, where)  # NaN counts as nonzero
+    indptr = np.searchsorted(flat, np.arange(rows + 1) * cols)
     indices = (flat - np.repeat(np.arange(rows) * cols, np.diff(indptr))).astype(np.int32)
-    return SparseMatrix(Pattern(rows, cols, indptr, indices), dense.reshape(-1)[flat])
+    return SparseMatrix(Pattern(rows, cols, indptr, indices), values)
 
 
 def from_csr(data: Any, indices: Any, indptr: Any, shape: Any, where: str = "weight") -> SparseMatrix:
@@ -194,7 +193,8 @@ def from_csr(data: Any, indices: Any, indptr: Any, shape: Any, where: str = "wei
         unique, inverse = np.unique(key, return_inverse=True)
         summed = np.zeros(unique.size, np.float64)
         np.add.at(summed, inverse, values)
-        values, key = summed.astype(np.float32), unique
+        with np.errstate(over="ignore"):
+            values, key = summed.astype(np.float32), unique
         require_finite(values, where)
         row_of, columns = np.divmod(key, max(cols, 1))
     offsets = np.concatenate([[0], np.cumsum(np.bincount(row_of, minlength=rows))]).astype(np.int64)[: rows + 1]

@@ -7,6 +7,7 @@ array arithmetic. That costs some thirty array operations however long the batch
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -110,7 +111,7 @@ def _encode(batch: Batch) -> tuple[Words, Words | None, Ints | int]:
         value = _wide(f["imm"]) << (4 if "s" in row.operands else 0)
         imm = 0 if "b" in row.operands else value & (1 << 8 * row.imm) - 1
         tail, size = tail | imm << size * 8, size + row.imm
-        if np.max(size) > 8 or mem and np.any(np.asarray(f["base"]) == RIP):
+        if (size if isinstance(size, int) else size.max()) > 8 or mem and np.any(np.asarray(f["base"]) == RIP):
             raise InternalError(f"{NAMES[batch.row]}: more than eight bytes behind ModRM, or an immediate behind a RIP operand")
     if kind == "E":
         vector = batch.encoding - EVEX128 if row.fixed_length < 0 else row.fixed_length
@@ -129,8 +130,8 @@ def _encode(batch: Batch) -> tuple[Words, Words | None, Ints | int]:
         long = (0xC4 | (r | (x ^ 1) << 6 | (b ^ 1) << 5 | row.map) << 8 | (row.w << 7 | last) << 16
                 | row.opcode << 24 | modrm << 32)  # fmt: skip
         if row.map == M0F and row.w == 0:
-            compact = np.asarray((x | b) == 0)
-            head, at = np.where(compact, short, long), np.where(compact, 3, 4) + int(has_modrm)
+            compact = (x | b) == 0
+            head, at = _choose(compact, short, long), _choose(compact, 3, 4) + int(has_modrm)
         else:
             head, at = long, 4 + int(has_modrm)
     else:
@@ -138,12 +139,19 @@ def _encode(batch: Batch) -> tuple[Words, Words | None, Ints | int]:
         rex = row.w << 3 | ext_r << 2 | x << 1 | b
         head, at = 0, 0
         for byte, present in (
-            (_MANDATORY[row.prefix], row.prefix != 0), (0x40 | rex, np.asarray(rex) != 0), (0x0F, row.map != M1),
-            (row.opcode, True), (modrm, has_modrm),
+            (_MANDATORY[row.prefix], row.prefix != 0), (0x40 | rex, rex != 0), (0x0F, row.map != M1), (row.opcode, True),
+            (modrm, has_modrm),
         ):  # fmt: skip
-            head = head | np.where(present, byte << at * 8, 0)
-            at = at + np.asarray(present).astype(np.int64)
+            head = head | _choose(present, byte << at * 8, 0)
+            at = at + _choose(present, 1, 0)
     return _join(head, at, tail, size, n)
+
+
+def _choose(condition: Any, yes: Ints | int, no: Ints | int) -> Ints | int:
+    """``numpy.where``, or a plain choice where all instructions agree: most batches are short, and array calls are what they cost."""
+    if isinstance(condition, (bool, np.bool_)):
+        return yes if condition else no
+    return np.where(condition, yes, no)
 
 
 def _wide(value: Field) -> Ints | int:
@@ -161,7 +169,8 @@ def _displacement_unit(row: Row, encoding: int, bcast: bool) -> int:
 def _memory_operand(f: dict[str, Field], unit: int, n: int) -> tuple[Ints | int, Ints | int, Ints | int, Ints | int, Ints | int]:
     """ModRM without reg, the bytes behind it as a word, their number, and the extension bits X and B."""
     base, index, disp = _wide(f["base"]), _wide(f.get("index", -1)), _wide(f.get("disp", 0))
-    if not isinstance(base, int) or base == RIP or base & 7 == 4 or not isinstance(index, int) or index >= 0 or isinstance(disp, int):
+    simple = isinstance(base, int) and base < RIP and base & 7 not in (4, 5) and isinstance(index, int) and index < 0
+    if not simple or isinstance(disp, int) or not isinstance(base, int):
         return _memory_operand_general(f, unit, n)
     # Nearly always: [base + disp8].
     scaled = disp >> unit.bit_length() - 1
@@ -172,9 +181,12 @@ def _memory_operand(f: dict[str, Field], unit: int, n: int) -> tuple[Ints | int,
     scaled &= 0xFF
     if not odd.size:
         return 0x40 | base & 7, scaled, 1, 0, base >> 3 & 1
-    some, tail, length, _, _ = _memory_operand_general({"base": base, "disp": disp[odd]}, unit, odd.size)
+    rest = disp[odd]
+    if np.any(rest != rest.astype(np.int32)):
+        raise InternalError("a displacement does not fit 32 bits")
+    none = rest == 0
     modrm, size = np.full(n, 0x40 | base & 7), np.ones(n, np.int64)
-    modrm[odd], scaled[odd], size[odd] = some, tail, length
+    modrm[odd], scaled[odd], size[odd] = np.where(none, base & 7, 0x80 | base & 7), rest & 0xFFFFFFFF, np.where(none, 0, 4)
     return modrm, scaled, size, 0, base >> 3 & 1
 
 
@@ -199,8 +211,9 @@ def _memory_operand_general(f: dict[str, Field], unit: int, n: int) -> tuple[Int
 def _join(head: Ints | int, at: Ints | int, tail: Ints | int, size: Ints | int, n: int) -> tuple[Words, Words | None, Ints | int]:
     """Head and tail bytes as a pair of words, and the total length."""
     length = at + size
-    low = np.broadcast_to(np.asarray(head | tail << at * 8, np.int64), n).view(np.uint64)
-    if np.max(length) <= 8:
+    word = head | tail << at * 8
+    low = (np.full(n, word, np.int64) if isinstance(word, int) or word.ndim == 0 else word).view(np.uint64)
+    if (length if isinstance(length, int) else length.max()) <= 8:
         return low, None, length
     bits = np.asarray(64 - at * 8).astype(np.uint64)
     return low, (np.zeros(n, np.int64) + tail).view(np.uint64) >> bits, length
@@ -211,14 +224,13 @@ _NOPS = {1: "90", 2: "6690", 3: "0f1f00", 4: "0f1f4000", 5: "0f1f440000", 6: "66
 
 def _align(batch: Batch, length: Ints, low: Words, high: Words) -> None:
     """Give every ALIGN row (to 16 bytes at most) the long no-ops it needs."""
-    at, previous = 0, 0
+    before, padding = np.cumsum(length), 0
     for row in batch.place.tolist():
-        at += int(length[previous:row].sum())
-        pad = -at % 16
+        pad = -(int(before[row]) + padding) % 16
+        padding += pad
         raw = b"".join(bytes.fromhex(_NOPS[n]) for n in (min(pad, 8), pad - min(pad, 8)) if n)
         low[row], high[row] = np.frombuffer(raw.ljust(16, b"\0"), "<u8")
         length[row] = pad
-        previous = row
 
 
 def _flatten(low: Words, high: Words, length: Ints, offsets: Ints, size: int) -> NDArray[np.uint8]:
@@ -235,7 +247,7 @@ def _flatten(low: Words, high: Words, length: Ints, offsets: Ints, size: int) ->
 def _resolve(batch: Batch, code: NDArray[np.uint8], offsets: Ints, places: Ints) -> None:
     """Write the 32-bit distances of branches and RIP-relative operands, which end their instruction (no RIP operand has an immediate)."""
     branch, base = "b" in _ROWS[batch.row].operands, batch.fields.get("base", 0)
-    if not branch and not np.any(np.asarray(base) == RIP):
+    if not branch and (base != RIP if isinstance(base, int) else not (base == RIP).any()):
         return
     label = np.zeros(batch.place.size, np.int64) + (batch.fields["imm"] if branch else batch.fields["disp"])
     rows = np.arange(label.size) if branch else np.flatnonzero(np.zeros(label.size, np.int64) + base == RIP)

@@ -110,7 +110,9 @@ def lower(program: Program, encoding: int) -> list[Batch]:
     """
     recipes, c = _PARSED[encoding], program.columns
     op = c["op"]
-    present = np.flatnonzero(np.bincount(op, minlength=len(OPS))).tolist()
+    occurrences = np.bincount(op, minlength=len(OPS))
+    by_op = np.split(np.argsort(op, kind="stable"), np.cumsum(occurrences)[:-1])  # rows of every operation
+    present = np.flatnonzero(occurrences).tolist()
     missing = [OPS[i].name for i in present if i not in recipes]
     if missing:
         raise InternalError(f"no recipe for {missing} in this encoding")
@@ -120,7 +122,7 @@ def lower(program: Program, encoding: int) -> list[Batch]:
     batches = operand.batches(start)
     start += operand.extra
     for number in present:
-        rows = np.flatnonzero(op == number)
+        rows = by_op[number]
         view = _Rows(c, rows, operand, program.labels, OPS[number].scalar)
         for k, (row, enc, sources) in enumerate(recipes[number]):
             batches += view.instruction(row, enc, start[rows] + k, sources)

@@ -1,0 +1,109 @@
+"""The vector vocabulary and the builder: what is emitted is what the program holds, in that order."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sparsert.codegen.vector import COLUMNS, MEMORY, OP, OPS, PITCH_OF, Builder, S, check
+from sparsert.codegen.x86.encoder import EVEX512, VEX256
+from sparsert.codegen.x86.lower import GPR, RECIPES
+from sparsert.errors import InternalError
+
+
+def table(builder: Builder) -> list[tuple[Any, ...]]:
+    columns = builder.finish().columns
+    return [(OPS[op].name, *rest) for op, *rest in zip(*(c.tolist() for c in columns.values()), strict=True)]
+
+
+def test_the_vocabulary_is_numbered_and_named_once() -> None:
+    assert len({op.name for op in OPS}) == len(OPS) <= 256
+    assert [OP[op.name] for op in OPS] == list(range(len(OPS)))
+    assert {op.name for op, memory in zip(OPS, MEMORY, strict=True) if memory} == {
+        "load", "store", "bcast", "fma_bcast", "load4", "insert4", "store4", "set_mask", "load_mask", "store_mask",
+        "prefetch",
+    }  # fmt: skip
+    assert all(set(op.form) <= set("dabmi") and len(set(op.form)) == len(op.form) for op in OPS)
+
+
+def test_each_encoding_has_a_recipe_for_what_kernels_may_emit_there() -> None:
+    everything = {op.name for op in OPS}
+    assert set(RECIPES[EVEX512]) == everything
+    assert set(RECIPES[VEX256]) == everything - {"fma_bcast"}, "AVX2 broadcasts in an instruction of its own"
+
+
+def test_scalar_registers_have_machine_registers_of_their_own() -> None:
+    assert set(GPR) == set(S)
+    assert len(set(GPR.values())) == len(S)
+    assert not {4, 5} & set(GPR.values()), "rsp and rbp belong to the stack"
+    assert set(PITCH_OF) == {S.X, S.Y}
+
+
+def test_rows_keep_their_order_one_by_one_and_many() -> None:
+    b = Builder()
+    b.emit("enter")
+    b.emit("load", d=3, ptr=S.X, step=2, disp=-64)
+    b.emit_many("store", 3, a=np.array([5, 6, 7]), ptr=S.Y, disp=np.array([0, 64, 1 << 33]))
+    b.emit_many(np.array([OP["zero"], OP["ret"]], np.uint8), 2, d=np.array([9, 0]))
+    b.emit("add", d=1, a=2, b=-3)
+    assert table(b) == [
+        ("enter", 0, 0, 0, 0, 0, 0), ("load", 3, 0, 0, S.X, 2, -64), ("store", 0, 5, 0, S.Y, 0, 0),
+        ("store", 0, 6, 0, S.Y, 0, 64), ("store", 0, 7, 0, S.Y, 0, 1 << 33), ("zero", 9, 0, 0, 0, 0, 0),
+        ("ret", 0, 0, 0, 0, 0, 0), ("add", 1, 2, -3, 0, 0, 0),
+    ]  # fmt: skip
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 4)), max_size=30))
+def test_any_mixture_of_chunks_keeps_its_order(chunks: list[tuple[bool, int]]) -> None:
+    b, number, emitted = Builder(), 0, []
+    for many, count in chunks:
+        values = np.arange(number, number + count)
+        if many:
+            b.emit_many("store", count, a=values, disp=values * 1000)
+        else:
+            for value in values.tolist():
+                b.emit("store", a=value, disp=value * 1000)
+        emitted += values.tolist()
+        number += count
+    program = b.finish()
+    assert len(program) == number
+    assert program.columns["a"].tolist() == emitted
+    assert program.columns["disp"].tolist() == [1000 * value for value in emitted]
+
+
+def test_an_empty_program_has_typed_columns() -> None:
+    program = Builder().finish()
+    assert len(program) == 0
+    assert {name: column.dtype for name, column in program.columns.items()} == COLUMNS
+    check(program)
+
+
+def test_constants_are_pooled_by_their_bits() -> None:
+    b = Builder()
+    assert [b.constant(bits) for bits in (0x3F800000, 0x80000000, -0x80000000, 0x3F800000, 0)] == [0, 1, 1, 0, 2]
+    assert b.finish().constants == (0x3F800000, 0x80000000, 0)
+
+
+def test_labels_are_counted_and_annotated() -> None:
+    b = Builder()
+    first, second = b.label("rows 0 to 3"), b.label()
+    b.place(second)
+    b.place(first)
+    program = b.finish()
+    assert (first, second, program.labels, program.notes) == (0, 1, 2, {0: "rows 0 to 3"})
+    check(program)
+
+
+@pytest.mark.parametrize("placed", [[], [0], [0, 0], [0, 1, 1], [0, 2], [0, 1, 2]])
+def test_labels_have_one_place_each(placed: list[int]) -> None:
+    b = Builder()
+    b.label()
+    b.label()
+    for label in placed:
+        b.place(label)
+    with pytest.raises(InternalError, match="exactly once"):
+        check(b.finish())
