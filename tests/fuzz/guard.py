@@ -84,7 +84,7 @@ class Buffers:
         return region.array(shape, strides)
 
     def aligned_empty(self, count: int, dtype: Any = np.float32, alignment: int = 64) -> NDArray[Any]:
-        """In the place of :func:`sparsert.runtime.memory.aligned_empty`: ends at the guard page, or as near as it may."""
+        """In the place of :func:`sparsert.runtime.memory.aligned_empty`: ends at the guard page or near it."""
         item = np.dtype(dtype).itemsize
         region = Region(count * item, at_end=True, alignment=alignment)
         self._regions.append((f"internal buffer of {count} {np.dtype(dtype)}", region))

@@ -1,4 +1,4 @@
-"""Drawn operators on guarded arrays. Run as a script it is the child of ``test_guard_pages.py``: logs a case, then runs it.
+"""Drawn operators on guarded arrays; as a script, the child of ``test_guard_pages.py`` that logs a case, then runs it.
 
 A case is drawn from its seed and number alone. To repeat one:
 ``PYTHONPATH=src:tests python tests/fuzz/guard_cases.py --seed 0 --first 17``.

@@ -1,4 +1,4 @@
-"""Generated code touches no byte outside its arrays: drawn layers on arrays that end or begin at an inaccessible page."""
+"""Generated code touches no byte outside its arrays: drawn layers on arrays that touch inaccessible pages."""
 
 from __future__ import annotations
 
@@ -31,12 +31,10 @@ def verdict(done: subprocess.CompletedProcess[str], log: Path) -> str:
     """What the child says, or what it was doing when it died; empty if all is well."""
     if done.returncode == 0:
         return ""
-    if done.returncode > 0:
-        return f"{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
     cases = log.read_text().splitlines() if log.exists() else []
-    name = signal.Signals(-done.returncode).name
+    how = signal.Signals(-done.returncode).name if done.returncode < 0 else f"exit {done.returncode}"
     last = cases[-1] if cases else "nothing yet"
-    return f"{name} after {max(len(cases) - 1, 0)} good cases in {last}\n{done.stderr[-4000:]}"
+    return f"{how} after {max(len(cases) - 1, 0)} good cases in {last}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
 
 
 def campaign(seed: int, count: int, folder: Path) -> None:

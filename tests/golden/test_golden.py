@@ -45,7 +45,7 @@ TASKS = {
     "far_columns": Golden(("x" + 70 * "." + "x" + 200 * "." + "x",), Schedule(1)),
     "blocks": Golden(schedule=Schedule(2)),
     "by_count": Golden(schedule=Schedule(2, order="count")),
-    "by_overlap": Golden(schedule=Schedule(2, order="overlap")),
+    "by_overlap": Golden(("xx..", "..xx", "xx..", "..xx"), Schedule(2, order="overlap")),
     "input_stationary": Golden(schedule=Schedule(2, tiles=1)),
     "packed": Golden(("x........x", "...x......"), Schedule(2, packed=True)),
     "packed_few_columns": Golden(schedule=Schedule(4, packed=True)),

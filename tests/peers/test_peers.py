@@ -36,7 +36,7 @@ def torch_function(torch: Any, activation: Any) -> Any:
 
 
 def agree(got: np.ndarray, peer: np.ndarray, want: Expected, slack: float) -> None:
-    """Ours lies within the bound around float64, the peer's, summed in its own order, within ``slack`` times as much."""
+    """Ours lies within the bound around float64, the peer's (summed in its order) within ``slack`` times it."""
     wrong = complaint(got, want)
     assert not wrong, f"SparseRT: {wrong}"
     wrong = complaint(peer, want._replace(bound=want.bound * slack + 1e-6))

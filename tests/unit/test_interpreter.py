@@ -32,6 +32,9 @@ from sparsert.sparsity.pattern import as_sparse
 from sparsert.target import TARGETS, Target
 
 COMPILED = [t for t in TARGETS.values() if t.isa != "reference"]
+executed = pytest.mark.parametrize(
+    "target", [pytest.param(t, id=t.name, marks=pytest.mark.isa(t.name)) for t in COMPILED]
+)
 FOUR = Target("four lanes", "none", 4, 32)  # no ISA here has them; the vocabulary does not mind
 EDGES = np.array(
     [0.0, -0.0, 1.0, -1.0, 0.5, 1.5, 2.5, -2.5, 0.49999997, 8388609, 2147483520, 2147483648, -2147483648, -2147483904,
@@ -109,7 +112,7 @@ LANEWISE += [("shl", None, n) for n in (0, 1, 23, 31)]
 
 
 @pytest.mark.parametrize(("op", "constant", "immediate"), LANEWISE)
-@pytest.mark.parametrize("target", [pytest.param(t, id=t.name, marks=pytest.mark.isa(t.name)) for t in COMPILED])
+@executed
 def test_operations_mean_what_the_processor_does(
     target: Target, op: str, constant: float | None, immediate: int, rng: np.random.Generator
 ) -> None:
@@ -213,6 +216,57 @@ def test_masked_lanes_are_left_alone_and_quarters_placed(target: Target, count: 
         executable = Executable(assemble(program, target.isa).code)
         executable.call(address_of(args))
         assert got.tolist() == start.tolist()
+
+
+SCALAR = [
+    ("s_mov", {"a": S.K}), ("s_add", {"a": S.K}), ("s_sub", {"a": S.K}), ("s_addi", {"disp": 7}), ("s_set", {"disp": -3}),
+    ("s_addi", {"disp": -(2**31)}), ("s_muli", {"a": S.K, "disp": -24}), ("s_add_arg", {"disp": 8}),
+    ("s_max_arg", {"disp": 8}), ("s_min_arg", {"disp": 8}),
+]  # fmt: skip
+WORDS = [0, 1, -1, 5, 2**31, -(2**31) - 1, 2**47 - 1, 2**63 - 1, -(2**63)]
+
+
+def scalars() -> Program:
+    """Slots 2 and following: what each operation makes of slots 0 and 1; then which way jumps, loops and calls went."""
+    b = Builder()
+    zero, top, after, routine = (b.label() for _ in range(4))
+    b.emit("enter")
+    for i, (name, columns) in enumerate(SCALAR):
+        b.emit("s_arg", d=S.T, disp=0)
+        b.emit("s_arg", d=S.K, disp=8)
+        b.emit(name, d=S.T, **columns)
+        b.emit("s_put", a=S.T, disp=16 + 8 * i)
+    place = 16 + 8 * len(SCALAR)
+    b.emit("s_set", d=S.X, disp=100)
+    b.emit("s_arg", d=S.T, disp=0)
+    b.emit("jump_zero", a=S.T, disp=zero)
+    b.emit("s_set", d=S.X, disp=200)
+    b.place(zero)
+    b.emit("s_set", d=S.K, disp=5)
+    b.place(top)
+    b.emit("call", disp=routine)
+    b.emit("loop", a=S.K, disp=top)
+    b.emit("jump", disp=after)
+    b.place(routine)
+    b.emit("s_addi", d=S.X, disp=1)
+    b.emit("ret")
+    b.place(after)
+    b.emit("s_put", a=S.X, disp=place)
+    b.emit("leave")
+    return b.finish()
+
+
+@executed
+def test_scalars_and_control_mean_what_the_processor_does(target: Target) -> None:
+    executable = Executable(assemble(scalars(), target.isa).code)
+    for first, second in product(WORDS, repeat=2):
+        want, got = np.zeros((2, 3 + len(SCALAR)), np.int64)
+        for args in (want, got):
+            args[:2] = first, second
+        run(scalars(), target.lanes, want, {})
+        executable.call(address_of(got))
+        assert got.tolist() == want.tolist()
+        assert want[-1] == (105 if first == 0 else 205)
 
 
 # ---- whole kernels -------------------------------------------------------------------------------------------------

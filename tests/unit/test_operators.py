@@ -138,7 +138,7 @@ def test_degenerate_extents(target: str, rows: int, cols: int, columns: int, rng
 @pytest.mark.parametrize("target", EVERY_TARGET)
 @pytest.mark.parametrize("residual", [None, "before", "after"])
 def test_tile_major(target: str, residual: str | None, weight: np.ndarray, rng: np.random.Generator) -> None:
-    """Column ``tile * t + i`` of row ``k`` lies at [t, k, i]; results are those of the row-major operator to the bit."""
+    """Column ``tile * t + i`` of row ``k`` lies at [t, k, i]; results are the row-major ones to the bit."""
     bias = normal(rng, M)
     tiled = sparsert.compile_matmul(weight, bias, "silu", residual=residual, target=target, layout="tile_major")
     plain = sparsert.compile_matmul(weight, bias, "silu", residual=residual, target=target)
@@ -374,8 +374,10 @@ def test_refit(target: str, weight: np.ndarray, rng: np.random.Generator) -> Non
     fewer = new.copy()
     fewer[::2] = 0
     csr = sparse.csr_matrix(new)
-    forms = [(new, new), (fewer, fewer), (new.astype(np.float64), new), (as_sparse(new), new), (as_sparse(fewer), fewer),
-             (csr, new), (sparse.coo_matrix(fewer), fewer), ((csr.data, csr.indices, csr.indptr, csr.shape), new)]  # fmt: skip
+    forms = [
+        (new, new), (fewer, fewer), (new.astype(np.float64), new), (as_sparse(new), new), (as_sparse(fewer), fewer),
+        (csr, new), (sparse.coo_matrix(fewer), fewer), ((csr.data, csr.indices, csr.indptr, csr.shape), new),
+    ]  # fmt: skip
     for form, dense in forms:
         op.refit(weight)
         op.refit(form)
@@ -393,9 +395,11 @@ def test_refit_that_is_refused_changes_nothing(target: str, weight: np.ndarray, 
     outside[tuple(np.argwhere(weight == 0)[5])] = 1
     infinite[tuple(np.argwhere(weight)[3])] = np.inf
     nan[tuple(np.argwhere(weight)[0])] = np.nan
-    refused = [(outside, PatternMismatchError), (as_sparse(outside), PatternMismatchError), (infinite, ValueRangeError),
-               (nan, ValueRangeError), (weight.T, ShapeError), (weight[0], ShapeError), (weight.astype(np.int32), DTypeError),
-               ((weight[0], [0], [0], (M, K)), FormatError)]  # fmt: skip
+    refused = [
+        (outside, PatternMismatchError), (as_sparse(outside), PatternMismatchError), (infinite, ValueRangeError),
+        (nan, ValueRangeError), (weight.T, ShapeError), (weight[0], ShapeError), (weight.astype(np.int32), DTypeError),
+        ((weight[0], [0], [0], (M, K)), FormatError),
+    ]  # fmt: skip
     for new, kind in refused:
         with pytest.raises(kind) as caught:
             op.refit(new)
@@ -508,8 +512,10 @@ def test_weights_in_every_form(target: str, weight: np.ndarray, rng: np.random.G
 
     x = normal(rng, K, 16)
     csr = sparse.csr_matrix(weight)
-    forms = [weight, weight.astype(np.float64), np.asfortranarray(weight), weight.tolist(), as_sparse(weight), csr,
-             csr.tocoo(), csr.tocsc(), sparse.csr_array(weight), (csr.data, csr.indices, csr.indptr, csr.shape)]  # fmt: skip
+    forms = [
+        weight, weight.astype(np.float64), np.asfortranarray(weight), weight.tolist(), as_sparse(weight), csr,
+        csr.tocoo(), csr.tocsc(), sparse.csr_array(weight), (csr.data, csr.indices, csr.indptr, csr.shape),
+    ]  # fmt: skip
     wanted = sparsert.compile_matmul(weight, target=target)(x)
     check(wanted, weight, x)
     for form in forms:

@@ -252,8 +252,9 @@ def in_child(body: str, *arguments: str) -> str:
         assert np.abs(sparsert.compile_matmul(w, activation="gelu", target="reference")(x) - y).max() < 1e-4
     """
     program = textwrap.dedent(setup) + textwrap.dedent(body)
-    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, timeout=300,
-                          check=False, env={**os.environ, "PYTHONPATH": str(Path(sparsert.__file__).parents[1])})  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(Path(sparsert.__file__).parents[1])}
+    command = [sys.executable, "-c", program, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
     assert done.returncode == 0, f"exit {done.returncode}: {done.stderr[-3000:]}"
     return done.stdout.strip()
 

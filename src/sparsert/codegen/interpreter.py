@@ -264,6 +264,10 @@ def _slot_value(m: Machine, r: Row) -> int:
     return int(m.args[m.slot(r.disp)]) & _WORD
 
 
+def _signed(word: int) -> int:
+    return word - (word >> 63 << 64)
+
+
 def _put_slot(m: Machine, r: Row) -> None:
     m.args[m.slot(r.disp)] = np.uint64(m.get(r.a)).astype(np.int64)
 
@@ -298,8 +302,9 @@ EFFECTS: dict[str, Callable[[Machine, Row], None]] = {
     "s_addi": lambda m, r: m.put(r.d, m.get(r.d) + r.disp),
     "s_set": lambda m, r: m.put(r.d, r.disp),
     "s_muli": lambda m, r: m.put(r.d, m.get(r.a) * r.disp),
-    "s_min": lambda m, r: m.put(r.d, min(m.get(r.d), m.get(r.a))),  # unsigned: addresses
-    "s_min_arg": lambda m, r: m.put(r.d, min(m.get(r.d), _slot_value(m, r))),
+    "s_add_arg": lambda m, r: m.put(r.d, m.get(r.d) + _slot_value(m, r)),
+    "s_max_arg": lambda m, r: m.put(r.d, max(m.get(r.d), _slot_value(m, r), key=_signed)),
+    "s_min_arg": lambda m, r: m.put(r.d, min(m.get(r.d), _slot_value(m, r), key=_signed)),
     "s_const": lambda m, r: m.put(r.d, _POOL),
     "s_code": lambda m, r: m.put(r.d, _CODE + r.disp),
     "label": _nothing,

@@ -129,7 +129,8 @@ _COMMUTATIVE = {"add", "mul", "bit_and", "bit_or", "bit_xor", "add_i"}
 class _Assigner:
     """The linear scan: walks the nodes once, knows for each value its last use and its register."""
 
-    def __init__(self, recorder: Recorder, result: Value, constant: Callable[[int], int]) -> None:
+    def __init__(self, recorder: Recorder, result: Value, constant: Callable[[int], int], hold: bool) -> None:
+        self.hold = hold  # constants that must sit in a register stay there, instead of being loaded where they are used
         self.nodes, self.result, self.constant = recorder.nodes, result.number, constant
         self.last = {result.number: len(self.nodes)}
         for i, node in enumerate(self.nodes):
@@ -198,9 +199,12 @@ class _Assigner:
                 a, b = (operands + (operands[0],))[:2]
                 if isinstance(a, Constant) and node.op in _COMMUTATIVE:
                     a, b = b, a
-                ra = self.register(a)
+                loaded = isinstance(a, Constant) and not self.hold
+                ra = self.overwrite(a, i) if loaded else self.register(a)
                 rb = self.flexible(b) if len(operands) == 2 else 0
                 self.release(node, i)
+                if loaded:
+                    self.free.append(ra)
                 d = self.take() if ACCUMULATOR not in self.free else self.free.pop(self.free.index(ACCUMULATOR))
                 self.rows.append((node.op, d, ra, rb, node.immediate))
             self.where[i] = d
@@ -214,7 +218,10 @@ class _Assigner:
         a, b, c = node.operands
         if isinstance(a, Constant):
             a, b = b, a
-        if isinstance(c, Value) and (self.dies(c, at) or not (self.dies(a, at) or self.dies(b, at)) or isinstance(b, Constant)):
+        if isinstance(b, Constant) and isinstance(c, Constant):
+            d = self.overwrite(c, at)
+            self.rows.append((f"{node.op}_acc", d, self.register(a), self.flexible(b), 0))
+        elif isinstance(c, Value) and (self.dies(c, at) or not (self.dies(a, at) or self.dies(b, at)) or isinstance(b, Constant)):
             d = self.overwrite(c, at)
             self.rows.append((f"{node.op}_acc", d, self.register(a), self.flexible(b), 0))
         else:
@@ -226,8 +233,15 @@ class _Assigner:
         return d
 
 
-def assign(recorder: Recorder, result: Operand, builder: Builder) -> Template:
-    """Registers for everything ``result`` depends on; its value ends in the accumulator it started from."""
+def assign(recorder: Recorder, result: Operand, builder: Builder, idle: int) -> Template:
+    """Registers for everything ``result`` depends on; its value ends in the accumulator it started from.
+
+    Constants that cannot stay in memory are held in registers as long as all fits ``idle`` registers, and reloaded otherwise.
+    """
     if not isinstance(result, Value):
         raise InternalError("an element-wise function must depend on its input")
-    return _Assigner(recorder, result, builder.constant).run()
+    held = _Assigner(recorder, result, builder.constant, hold=True).run()
+    if held.registers <= idle:
+        return held
+    loaded = _Assigner(recorder, result, builder.constant, hold=False).run()
+    return loaded if loaded.registers < held.registers else held

@@ -76,7 +76,7 @@ def _table() -> tuple[Op, ...]:
     }  # fmt: skip
     scalar = {
         "s_arg": "di", "s_put": "ai", "s_mov": "da", "s_add": "da", "s_sub": "da", "s_addi": "di",
-        "s_set": "di", "s_muli": "dai", "s_min": "da", "s_min_arg": "di", "s_const": "d", "s_code": "di",
+        "s_set": "di", "s_muli": "dai", "s_add_arg": "di", "s_max_arg": "di", "s_min_arg": "di", "s_const": "d", "s_code": "di",
         "label": "i", "align": "i", "jump": "i", "jump_zero": "ai", "loop": "ai", "call": "i", "ret": "",
         "enter": "", "leave": "",
     }  # fmt: skip

@@ -21,11 +21,11 @@ from ..sparsity.taps import Taps
 from ..target import Target
 from . import epilogue
 from .arguments import Arg
-from .layout import advance, load_multiples
+from .epilogue import INPUT_REGISTERS
+from .layout import Cursor, load_multiples
 
 PREFETCH_TAPS = 24
 LINE = 64  # bytes of a cache line
-INPUT_REGISTERS = 2  # vectors of x in flight per column vector; renaming makes more pointless
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,12 +154,6 @@ def accumulate(taps: Taps, p: Plan, schedule: Schedule, target: Target, tiled: b
     return Body(op, d, a, b, ptr, step, disp, cuts)
 
 
-def spare_registers(target: Target, temporaries: int) -> int:
-    """Vector registers the kernel needs beside its accumulators: inputs and a weight while it adds, temporaries afterwards."""
-    adding = INPUT_REGISTERS + (0 if target.embedded_broadcast else 1)
-    return max(adding, temporaries)
-
-
 @dataclass(frozen=True, eq=False)
 class Blocks:
     """Emits the code of all row blocks for the tiles of one group; control falls through from block to block."""
@@ -194,21 +188,22 @@ class Blocks:
         n = rows.size
         partial = {"ptr": S.Y, "disp": rows * self.target.tile_bytes}
         top = b.label(f"rows {', '.join(map(str, rows[:4]))}{' ...' if n > 4 else ''}{note}")
-        pointers, following = self._pointers(first, last), b.label()
+        x, y, r, partial_sums = self._cursors()
+        following = b.label()
+        cursors = [x] + ([y] if last else []) + ([r] if last and task.residual else []) + ([] if first and last else [partial_sums])
         touched = int(np.count_nonzero(self.body.op[body] == OP["prefetch"])) if self.prefetch else 0
         b.place(here)
         if touched:
             b.emit("s_code", d=S.CODE, disp=following)
-        for pointer, source, _, _ in pointers:
-            b.emit("s_arg", d=S.TMP, disp=source.byte)
-            b.emit("s_put", a=S.TMP, disp=pointer.byte)
+        for cursor in cursors:
+            cursor.rewind(b)
         b.emit("s_arg", d=S.T, disp=Arg.COUNT.byte)
         b.emit("align", disp=16)
         b.place(top)
-        b.emit("s_arg", d=S.X, disp=Arg.XT.byte)
+        x.point(b, S.X)
         b.emit("s_arg", d=S.W, disp=Arg.W.byte)
         if not first:
-            b.emit("s_arg", d=S.Y, disp=Arg.PT.byte)
+            partial_sums.point(b, S.Y)
             b.emit_many("load", n, d=np.arange(n), **partial)
         elif task.bias:
             b.emit_many("bcast", n, d=np.arange(n), ptr=S.W, disp=p.bias_slot[span] * 4)
@@ -218,38 +213,37 @@ class Blocks:
         b.emit_many(c.op[body], body.stop - body.start, c.d[body], c.a[body], c.b[body], c.ptr[body], c.step[body], c.disp[body])
         if last:
             if self.finish is not None:
-                where = self._by_rows(b, Arg.RT, Arg.R_PITCH, rows) if task.residual else {}
+                where = self._by_rows(b, r, Arg.R_PITCH, rows) if task.residual else {}
                 epilogue.apply(b, self.finish, n, where)
-            b.emit_many("store", n, a=np.arange(n), **self._by_rows(b, Arg.YT, Arg.Y_PITCH, rows))
+            b.emit_many("store", n, a=np.arange(n), **self._by_rows(b, y, Arg.Y_PITCH, rows))
         else:
-            b.emit("s_arg", d=S.Y, disp=Arg.PT.byte)
+            partial_sums.point(b, S.Y)
             b.emit_many("store", n, a=np.arange(n), **partial)
-        for pointer, _, step, limit in pointers:
-            advance(b, pointer, step, limit)
+        for cursor in cursors:
+            cursor.advance(b)
         if touched:
             b.emit("s_addi", d=S.CODE, disp=touched * LINE)
         b.emit("loop", a=S.T, disp=top)
         return following
 
-    def _pointers(self, first: bool, last: bool) -> list[tuple[Arg, Arg, int, Arg | None]]:
-        """The tile pointers this block moves: pointer, where it starts, bytes per tile, and where it must not go beyond."""
-        task, tile = self.task, self.target.tile_bytes
-        rows, columns = task.pattern.rows * tile, task.pattern.cols * tile
-        by_rows, staged = task.layout == "row_major", task.layout == "transposed"
-        x_source = Arg.X_NEXT if task.layout == "tile_major" or not self.tiled else Arg.PANEL
-        pointers = [(Arg.XT, x_source, columns, None) if self.tiled else (Arg.XT, x_source, tile, Arg.X_LAST)]
-        if last:
-            step, y_last, r_last = (tile, Arg.Y_LAST, Arg.R_LAST) if by_rows else (rows, None, None)
-            pointers.append((Arg.YT, Arg.Y_PANEL if staged else Arg.Y_NEXT, step, y_last))
-            if task.residual:
-                pointers.append((Arg.RT, Arg.R_PANEL if staged else Arg.R_NEXT, step, r_last))
-        if not (first and last):
-            pointers.append((Arg.PT, Arg.PARTIAL, rows, None))
-        return pointers
+    def _cursors(self) -> tuple[Cursor, Cursor, Cursor, Cursor]:
+        """Over the tiles of x, y, the residual, and the sums carried between segments."""
+        tile = self.target.tile_bytes
+        rows, columns = self.task.pattern.rows * tile, self.task.pattern.cols * tile
+        partial = Cursor(Arg.PT, Arg.PARTIAL, Arg.ZERO, rows)
+        if self.task.layout == "tile_major":
+            x, y, r = Cursor(Arg.XT, Arg.X, Arg.X_NEXT, columns), Cursor(Arg.YT, Arg.Y, Arg.Y_NEXT, rows), Cursor(Arg.RT, Arg.R, Arg.R_NEXT, rows)
+        elif self.task.layout == "transposed":
+            x, y, r = (Cursor(Arg.XT, Arg.PANEL, Arg.ZERO, columns), Cursor(Arg.YT, Arg.Y_PANEL, Arg.ZERO, rows),
+                       Cursor(Arg.RT, Arg.R_PANEL, Arg.ZERO, rows))  # fmt: skip
+        else:
+            x = Cursor(Arg.XT, Arg.PANEL, Arg.ZERO, columns) if self.tiled else Cursor(Arg.XT, Arg.X, Arg.X_NEXT, tile, Arg.X_LAST)
+            y, r = Cursor(Arg.YT, Arg.Y, Arg.Y_NEXT, tile, Arg.Y_LAST), Cursor(Arg.RT, Arg.R, Arg.R_NEXT, tile, Arg.R_LAST)
+        return x, y, r, partial
 
-    def _by_rows(self, b: Builder, pointer: Arg, pitch: Arg, rows: NDArray[np.int64]) -> dict[str, Any]:
+    def _by_rows(self, b: Builder, cursor: Cursor, pitch: Arg, rows: NDArray[np.int64]) -> dict[str, Any]:
         """Point Y at the tile of an array with one row per output and say where each accumulator's vector lies in it."""
-        b.emit("s_arg", d=S.Y, disp=pointer.byte)
+        cursor.point(b, S.Y)
         if self.task.layout != "row_major":
             return {"ptr": S.Y, "step": 0, "disp": rows * self.target.tile_bytes}
         b.emit("s_arg", d=S.PY, disp=pitch.byte)

@@ -9,11 +9,23 @@ import numpy as np
 from ..codegen.registers import ACCUMULATOR, Operand, Recorder, Template, assign
 from ..codegen.vector import OP, Builder, S
 from ..schedule.task import Task
+from ..target import Target
 from .activations import ACTIVATIONS
 
 
-def template(task: Task, b: Builder) -> Template | None:
-    """The element-wise code for one accumulator, or None where there is nothing to do."""
+INPUT_REGISTERS = 2  # vectors of x in flight: renaming makes more pointless
+
+
+def inner_registers(target: Target) -> int:
+    """Registers beside the accumulators that the multiply-adds take: inputs, and a weight where it cannot be broadcast by itself."""
+    return INPUT_REGISTERS + (0 if target.embedded_broadcast else 1)
+
+
+def template(task: Task, target: Target, b: Builder) -> Template | None:
+    """The element-wise code for one accumulator, or None where there is nothing to do.
+
+    Its registers are those that the multiply-adds leave idle; only what needs more costs accumulators.
+    """
     if task.activation is None and task.residual is None:
         return None
     v = Recorder()
@@ -24,7 +36,7 @@ def template(task: Task, b: Builder) -> Template | None:
         value = ACTIVATIONS[task.activation].function(v, value, *task.parameters)
     if task.residual == "after":
         value = v.add(value, v.residual())
-    return assign(v, value, b)
+    return assign(v, value, b, inner_registers(target))
 
 
 def apply(b: Builder, code: Template, accumulators: int, place: dict[str, Any]) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 from ..codegen.vector import Builder, S
 from ..target import Target
 from .arguments import Arg
@@ -15,117 +18,113 @@ def load_multiples(b: Builder, pitch: Arg) -> None:
         b.emit("s_arg", d=register, disp=Arg(pitch + k).byte)
 
 
+@dataclass(frozen=True)
+class Cursor:
+    """Where the current tile of an array lies: an offset kept in slot ``at``, held between 0 and slot ``last``, behind slot ``base``."""
+
+    at: Arg
+    base: Arg
+    start: Arg
+    step: Arg | int
+    last: Arg | None = None
+
+    def rewind(self, b: Builder) -> None:
+        """To the first tile of the group."""
+        b.emit("s_arg", d=S.TMP, disp=self.start.byte)
+        b.emit("s_put", a=S.TMP, disp=self.at.byte)
+
+    def point(self, b: Builder, register: S) -> None:
+        """The tile's address into ``register``."""
+        b.emit("s_arg", d=register, disp=self.at.byte)
+        if self.last is not None:
+            b.emit("s_max_arg", d=register, disp=Arg.ZERO.byte)
+            b.emit("s_min_arg", d=register, disp=self.last.byte)
+        b.emit("s_add_arg", d=register, disp=self.base.byte)
+
+    def advance(self, b: Builder) -> None:
+        """To the next tile."""
+        b.emit("s_arg", d=S.TMP, disp=self.at.byte)
+        if isinstance(self.step, Arg):
+            b.emit("s_add_arg", d=S.TMP, disp=self.step.byte)
+        else:
+            b.emit("s_addi", d=S.TMP, disp=self.step)
+        b.emit("s_put", a=S.TMP, disp=self.at.byte)
+
+
 def pack_rows(b: Builder, target: Target, extent: int) -> None:
-    """PANEL[t][k][:] = x[k, columns of tile t] for the tiles of this group, columns clamped at X_LAST.
+    """PANEL[t][k][:] = x[k, columns of tile t] for the tiles of this group.
 
     Strips of eight rows walk along their columns, so that every load moves by a tile and the hardware prefetcher sees eight streams.
     """
     load_multiples(b, Arg.X_PITCH)
-    for strip, pointer in ((S.W, Arg.X_NEXT), (S.CONST, Arg.PANEL)):
-        b.emit("s_arg", d=strip, disp=pointer.byte)
-    b.emit("s_arg", d=S.TMP, disp=Arg.X_LAST.byte)
-    b.emit("s_sub", d=S.TMP, a=S.W)
-    b.emit("s_put", a=S.TMP, disp=Arg.XT.byte)  # the last tile's column offset
+    cursor = Cursor(Arg.XT, Arg.X, Arg.X_NEXT, target.tile_bytes, Arg.X_LAST)
+    b.emit("s_set", d=S.W, disp=0)  # the strip's offset in x
+    b.emit("s_arg", d=S.CONST, disp=Arg.PANEL.byte)
     if extent >= _STRIP:
         turn = b.label("pack x")
         b.emit("s_set", d=S.K, disp=extent // _STRIP)
         b.place(turn)
-        _pack_strip(b, target, extent, _STRIP)
+        _pack_strip(b, target, cursor, extent, _STRIP)
         for step in (S.PX7, S.PX):
             b.emit("s_add", d=S.W, a=step)
         b.emit("s_addi", d=S.CONST, disp=_STRIP * target.tile_bytes)
         b.emit("loop", a=S.K, disp=turn)
     if extent % _STRIP:
-        _pack_strip(b, target, extent, extent % _STRIP)
+        _pack_strip(b, target, cursor, extent, extent % _STRIP)
 
 
-def _pack_strip(b: Builder, target: Target, extent: int, rows: int) -> None:
-    """``rows`` rows at W, all tiles of the group, to the panel rows at CONST."""
+def _pack_strip(b: Builder, target: Target, cursor: Cursor, extent: int, rows: int) -> None:
+    """``rows`` rows, all tiles of the group, to the panel rows at CONST."""
     tile = b.label()
+    cursor.rewind(b)
     b.emit("s_mov", d=S.Y, a=S.CONST)
     b.emit("s_arg", d=S.T, disp=Arg.COUNT.byte)
-    b.emit("s_set", d=S.CODE, disp=0)
     b.place(tile)
-    b.emit("s_mov", d=S.X, a=S.CODE)
-    b.emit("s_min_arg", d=S.X, disp=Arg.XT.byte)
+    cursor.point(b, S.X)
     b.emit("s_add", d=S.X, a=S.W)
     for i in range(rows):
         b.emit("load", d=i, ptr=S.X, step=i)
     for i in range(rows):
         b.emit("store", a=i, ptr=S.Y, disp=i * target.tile_bytes)
     b.emit("s_addi", d=S.Y, disp=extent * target.tile_bytes)
-    b.emit("s_addi", d=S.CODE, disp=target.tile_bytes)
+    cursor.advance(b)
     b.emit("loop", a=S.T, disp=tile)
 
 
-def pack_transposed(b: Builder, target: Target, extent: int, source: Arg, tile: Arg, last: Arg, pitch: Arg, panel: Arg) -> None:
+def pack_transposed(b: Builder, target: Target, extent: int, cursor: Cursor, pitch: Arg, panel: Arg) -> None:
     """panel[t][k][i] = x[lanes * t + i, k]: 4x4 transpositions; where ``extent`` is no multiple of 4 the last four overlap."""
-    top, turn = b.label(f"transpose into {panel.name}"), b.label()
+    _transposed(b, target, extent, cursor, pitch, panel, _gather)
+
+
+def unpack_transposed(b: Builder, target: Target, extent: int, cursor: Cursor, pitch: Arg, panel: Arg) -> None:
+    """y[lanes * t + i, m] = panel[t][m][i], the same way backwards."""
+    _transposed(b, target, extent, cursor, pitch, panel, _scatter)
+
+
+def _transposed(b: Builder, target: Target, extent: int, cursor: Cursor, pitch: Arg, panel: Arg, four: Callable[[Builder, Target], None]) -> None:
+    """Walk the caller's array (W, X) and a panel (Y) four rows of the panel at a time."""
+    top, turn = b.label(f"transpose, {panel.name}"), b.label()
     load_multiples(b, pitch)
-    _start(b, source, panel)
-    b.place(top)
-    b.emit("s_arg", d=S.W, disp=Arg.XT.byte)
-    b.emit("s_set", d=S.K, disp=extent // 4)
-    b.place(turn)
-    b.emit("s_mov", d=S.X, a=S.W)
-    _gather(b, target)
-    b.emit("s_addi", d=S.W, disp=16)
-    b.emit("s_addi", d=S.Y, disp=4 * target.tile_bytes)
-    b.emit("loop", a=S.K, disp=turn)
-    rest = extent % 4
-    if rest:
-        b.emit("s_addi", d=S.W, disp=4 * rest - 16)
-        b.emit("s_addi", d=S.Y, disp=(rest - 4) * target.tile_bytes)
-        b.emit("s_mov", d=S.X, a=S.W)
-        _gather(b, target)
-        b.emit("s_addi", d=S.Y, disp=4 * target.tile_bytes)
-    advance(b, Arg.XT, tile, last)
-    b.emit("loop", a=S.T, disp=top)
-
-
-def unpack_transposed(b: Builder, target: Target, extent: int) -> None:
-    """y[lanes * t + i, m] = Y_PANEL[t][m][i], the same way backwards."""
-    top, turn = b.label("transpose into y"), b.label()
-    load_multiples(b, Arg.Y_PITCH)
-    _start(b, Arg.Y_NEXT, Arg.Y_PANEL)
-    b.place(top)
-    b.emit("s_arg", d=S.W, disp=Arg.XT.byte)
-    b.emit("s_set", d=S.K, disp=extent // 4)
-    b.place(turn)
-    b.emit("s_mov", d=S.X, a=S.W)
-    _scatter(b, target)
-    b.emit("s_addi", d=S.W, disp=16)
-    b.emit("s_addi", d=S.Y, disp=4 * target.tile_bytes)
-    b.emit("loop", a=S.K, disp=turn)
-    rest = extent % 4
-    if rest:
-        b.emit("s_addi", d=S.W, disp=4 * rest - 16)
-        b.emit("s_addi", d=S.Y, disp=(rest - 4) * target.tile_bytes)
-        b.emit("s_mov", d=S.X, a=S.W)
-        _scatter(b, target)
-        b.emit("s_addi", d=S.Y, disp=4 * target.tile_bytes)
-    advance(b, Arg.XT, Arg.Y_TILE, Arg.Y_LAST)
-    b.emit("loop", a=S.T, disp=top)
-
-
-def advance(b: Builder, pointer: Arg, step: Arg | int, last: Arg | None) -> None:
-    """Move a tile pointer that is kept in the argument block, not beyond ``last``."""
-    b.emit("s_arg", d=S.TMP, disp=pointer.byte)
-    if isinstance(step, Arg):
-        b.emit("s_arg", d=S.K, disp=step.byte)
-        b.emit("s_add", d=S.TMP, a=S.K)
-    else:
-        b.emit("s_addi", d=S.TMP, disp=step)
-    if last is not None:
-        b.emit("s_min_arg", d=S.TMP, disp=last.byte)
-    b.emit("s_put", a=S.TMP, disp=pointer.byte)
-
-
-def _start(b: Builder, source: Arg, panel: Arg) -> None:
-    b.emit("s_arg", d=S.TMP, disp=source.byte)
-    b.emit("s_put", a=S.TMP, disp=Arg.XT.byte)
+    cursor.rewind(b)
     b.emit("s_arg", d=S.Y, disp=panel.byte)
     b.emit("s_arg", d=S.T, disp=Arg.COUNT.byte)
+    b.place(top)
+    cursor.point(b, S.W)
+    b.emit("s_set", d=S.K, disp=extent // 4)
+    b.place(turn)
+    b.emit("s_mov", d=S.X, a=S.W)
+    four(b, target)
+    b.emit("s_addi", d=S.W, disp=16)
+    b.emit("s_addi", d=S.Y, disp=4 * target.tile_bytes)
+    b.emit("loop", a=S.K, disp=turn)
+    if extent % 4:
+        b.emit("s_addi", d=S.W, disp=4 * (extent % 4) - 16)
+        b.emit("s_addi", d=S.Y, disp=(extent % 4 - 4) * target.tile_bytes)
+        b.emit("s_mov", d=S.X, a=S.W)
+        four(b, target)
+        b.emit("s_addi", d=S.Y, disp=4 * target.tile_bytes)
+    cursor.advance(b)
+    b.emit("loop", a=S.T, disp=top)
 
 
 def _transpose4(b: Builder, r: int) -> None:

@@ -14,8 +14,9 @@ from ..sparsity.reorder import ORDERS
 from ..sparsity.taps import Taps, matmul_taps
 from ..target import Target
 from . import epilogue, layout
-from .accumulate import Blocks, Plan, accumulate, plan, spare_registers
+from .accumulate import Blocks, Plan, accumulate, plan
 from .arguments import Arg
+from .layout import Cursor
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,8 +42,8 @@ class Kernel:
 
 def spare(task: Task, target: Target) -> int:
     """Vector registers an accumulator may not take: those of the inner loop or of the epilogue, whichever needs more."""
-    code = epilogue.template(task, Builder())
-    return spare_registers(target, code.registers if code else 0)
+    code = epilogue.template(task, target, Builder())
+    return max(epilogue.inner_registers(target), code.registers if code else 0)
 
 
 def generate(task: Task, schedule: Schedule, target: Target) -> Kernel:
@@ -61,27 +62,29 @@ def generate(task: Task, schedule: Schedule, target: Target) -> Kernel:
     body = accumulate(taps, p, schedule, target, tiled)
     done, group = b.label("done"), b.label("next group of tiles")
     b.emit("enter")
-    for source, pointer in ((Arg.X, Arg.X_NEXT), (Arg.Y, Arg.Y_NEXT), (Arg.R, Arg.R_NEXT), (Arg.TILES, Arg.LEFT)):
+    for source, variable in ((Arg.START, Arg.X_NEXT), (Arg.START, Arg.Y_NEXT), (Arg.START, Arg.R_NEXT), (Arg.TILES, Arg.LEFT)):
         b.emit("s_arg", d=S.TMP, disp=source.byte)
-        b.emit("s_put", a=S.TMP, disp=pointer.byte)
+        b.emit("s_put", a=S.TMP, disp=variable.byte)
     b.place(group)
     b.emit("s_arg", d=S.T, disp=Arg.LEFT.byte)
     b.emit("jump_zero", a=S.T, disp=done)
     b.emit("s_min_arg", d=S.T, disp=Arg.GROUP.byte)
     b.emit("s_put", a=S.T, disp=Arg.COUNT.byte)
+    x, y, r = (Cursor(at, base, start, step, last) for at, base, start, step, last in (
+        (Arg.XT, Arg.X, Arg.X_NEXT, Arg.X_TILE, Arg.X_LAST), (Arg.YT, Arg.Y, Arg.Y_NEXT, Arg.Y_TILE, Arg.Y_LAST),
+        (Arg.RT, Arg.R, Arg.R_NEXT, Arg.R_TILE, Arg.R_LAST),
+    ))  # fmt: skip
     if task.layout == "transposed":
-        layout.pack_transposed(b, target, extent, Arg.X_NEXT, Arg.X_TILE, Arg.X_LAST, Arg.X_PITCH, Arg.PANEL)
+        layout.pack_transposed(b, target, extent, x, Arg.X_PITCH, Arg.PANEL)
         if task.residual:
-            layout.pack_transposed(b, target, rows, Arg.R_NEXT, Arg.R_TILE, Arg.R_LAST, Arg.R_PITCH, Arg.R_PANEL)
+            layout.pack_transposed(b, target, rows, r, Arg.R_PITCH, Arg.R_PANEL)
     elif tiled and task.layout == "row_major":
         layout.pack_rows(b, target, extent)
-    Blocks(task, target, p, body, tiled, epilogue.template(task, b), schedule.prefetch).emit(b)
+    Blocks(task, target, p, body, tiled, epilogue.template(task, target, b), schedule.prefetch).emit(b)
     if task.layout == "transposed":
-        layout.unpack_transposed(b, target, rows)
-    for pointer, step, last in (
-        (Arg.X_NEXT, Arg.X_GROUP, Arg.X_LAST), (Arg.Y_NEXT, Arg.Y_GROUP, Arg.Y_LAST), (Arg.R_NEXT, Arg.R_GROUP, Arg.R_LAST),
-    ):  # fmt: skip
-        layout.advance(b, pointer, step, None if task.layout == "tile_major" else last)
+        layout.unpack_transposed(b, target, rows, y, Arg.Y_PITCH, Arg.Y_PANEL)
+    for next_group, step in ((Arg.X_NEXT, Arg.X_GROUP), (Arg.Y_NEXT, Arg.Y_GROUP), (Arg.R_NEXT, Arg.R_GROUP)):
+        Cursor(next_group, Arg.ZERO, Arg.ZERO, step).advance(b)
     b.emit("s_arg", d=S.T, disp=Arg.LEFT.byte)
     b.emit("s_arg", d=S.K, disp=Arg.COUNT.byte)
     b.emit("s_sub", d=S.T, a=S.K)

@@ -11,7 +11,7 @@ from ..errors import AliasError, DTypeError, ShapeError, ValueRangeError
 from ..runtime.cpu import address_of
 
 Array = NDArray[np.float32]
-_F32 = np.dtype(np.float32)
+F32 = np.dtype(np.float32)
 
 
 def as_input(value: Any, where: str) -> Array:
@@ -28,9 +28,9 @@ def as_input(value: Any, where: str) -> Array:
         except (BufferError, RuntimeError, TypeError, ValueError) as error:
             raise DTypeError(f"this tensor cannot be viewed as a CPU array: {error}", where=where,
                              hint="Detach it and move it to the CPU.") from error  # fmt: skip
-    if value.dtype is not _F32 and value.dtype != _F32:
+    if value.dtype is not F32 and value.dtype != F32:
         raise DTypeError(f"{value.dtype} is not float32", where=where, hint="Convert with .astype('float32').")
-    return np.asarray(value)
+    return value if type(value) is np.ndarray else np.asarray(value)
 
 
 def as_output(value: Any, shape: tuple[int, ...]) -> Array:

@@ -16,6 +16,7 @@ from ..target import Target
 
 Array = NDArray[np.float32]
 _SHAPES = 32  # shapes and pitches whose frames are kept
+_ALIGN_TILES = 4  # so many tiles a row must have for aligning its stores to pay
 
 
 class NativeProduct:
@@ -34,24 +35,25 @@ class NativeProduct:
         self._values = packed, address_of(packed)
 
     def run(self, x: Array, y: Array, r: Array | None, columns: int) -> None:
-        """One call. ``columns``, at least the target's lanes, of row-major or transposed arrays whose innermost stride is one element, or whole tiles."""
-        key = (columns, x.strides[0], y.strides[0], 0 if r is None else r.strides[0])
+        """One call. ``columns``, at least the target's lanes, of row-major or transposed arrays whose innermost stride is one element, or
+        whole tiles."""
+        xa, ya, ra = address_of(x), address_of(y), 0 if r is None else address_of(r)
+        # A residual that is y itself must be read before its element is written: no tile may overlap another then.
+        offset = 0 if ra == ya else ya % self.target.tile_bytes
+        key = (columns, x.strides[0], y.strides[0], 0 if r is None else r.strides[0], offset)
         free = self._frames.get(key)
         frame = free.pop() if free else self._frame(*key)
         values, weights = self._values  # held here: a refit meanwhile does not free what this call reads
-        xa, ya, ra = address_of(x), address_of(y), 0 if r is None else address_of(r)
-        x_last, y_last, r_last = frame.last
-        frame.fill(xa, ya, ra, weights, xa + x_last, ya + y_last, ra + r_last)
+        frame.point(xa, ya, ra, weights)
         self.executable.call(frame.address)
         if len(self._frames) > _SHAPES:
             self._frames.clear()
         self._frames.setdefault(key, []).append(frame)
         del values
 
-    def _frame(self, columns: int, x_pitch: int, y_pitch: int, r_pitch: int) -> Frame:
+    def _frame(self, columns: int, x_pitch: int, y_pitch: int, r_pitch: int, offset: int) -> Frame:
         """An argument block for arrays of these shapes and pitches, all but the addresses filled in."""
         task, lanes, width = self.task, self.target.lanes, self.target.tile_bytes
-        tiles = -(-columns // lanes)
         m, k = task.pattern.shape
         pitches = (x_pitch, y_pitch, r_pitch)
         steps = {
@@ -59,14 +61,18 @@ class NativeProduct:
             "transposed": tuple(lanes * pitch for pitch in pitches),
             "tile_major": (k * width, m * width, m * width),
         }[task.layout]
+        start = 0
+        if task.layout == "row_major" and offset % 4 == 0 and y_pitch % width == 0 and columns >= _ALIGN_TILES * lanes:
+            start = -offset  # all rows of y share their alignment: the second tile starts where stores no longer cross cache lines
+        tiles = -(-(4 * columns - start) // width)
         group = tiles_per_group(task, self.schedule, self.target, tiles)
-        last = tuple((columns - lanes) * step // lanes for step in steps)
-        frame = Frame(SLOTS, last, sum(self._panels().values()) * group * lanes)
+        frame = Frame(SLOTS, sum(self._panels().values()) * group * lanes)
         s = frame.slots
+        s[Arg.X_LAST : Arg.X_PITCH] = [(columns - lanes) * step // lanes for step in steps]
         s[Arg.X_PITCH : Arg.X_TILE] = [pitch * n for pitch in pitches for n in (1, 3, 5, 7)]
         s[Arg.X_TILE : Arg.X_GROUP] = steps
-        s[Arg.X_GROUP : Arg.TILES] = [step * group for step in steps]
-        s[Arg.TILES], s[Arg.GROUP] = tiles, group
+        s[Arg.X_GROUP : Arg.START] = [step * group for step in steps]
+        s[Arg.START], s[Arg.TILES], s[Arg.GROUP] = start, tiles, group
         at = address_of(frame.scratch)
         for slot, rows in self._panels().items():
             s[slot] = at
@@ -84,3 +90,5 @@ class NativeProduct:
             Arg.Y_PANEL: m if staged else 0,
             Arg.PARTIAL: m if self.kernel.plan.segments > 1 else 0,
         }
+
+

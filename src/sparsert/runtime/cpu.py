@@ -24,22 +24,21 @@ class Executable:
 class Frame:
     """What one call needs to itself: its argument block and its scratch, both starting cache lines."""
 
-    __slots__ = ("_block", "address", "last", "scratch", "slots")
+    __slots__ = ("_block", "address", "scratch", "slots")
 
-    def __init__(self, slots: int, last: tuple[int, ...], scratch_floats: int) -> None:
+    def __init__(self, slots: int, scratch_floats: int) -> None:
         self.slots: NDArray[np.int64] = aligned_empty(slots, np.int64)
         self.slots[:] = 0
         self._block = memoryview(self.slots).cast("B")
         self.address = address_of(self.slots)
-        self.last = last
         self.scratch: NDArray[np.float32] = aligned_empty(scratch_floats)
 
-    def fill(self, *addresses: int) -> None:
-        """Write the first slots: what differs from call to call."""
-        _ADDRESSES(self._block, 0, *addresses)
+    def point(self, *addresses: int) -> None:
+        """Write the first four slots: what differs from call to call."""
+        _FOUR(self._block, 0, *addresses)
 
 
-_ADDRESSES = struct.Struct("<7q").pack_into
+_FOUR = struct.Struct("<4q").pack_into
 
 
 def _slow_address(array: NDArray[Any]) -> int:

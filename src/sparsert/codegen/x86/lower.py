@@ -38,7 +38,7 @@ _COMMON = {
 _SCALAR = {
     "s_arg": "mov reg=d arg", "s_put": "mov_st reg=a arg", "s_mov": "mov reg=d rm=a", "s_add": "add reg=d rm=a",
     "s_sub": "sub reg=d rm=a", "s_addi": "add_imm rm=d imm", "s_set": "mov_imm rm=d imm", "s_muli": "imul_imm reg=d rm=a imm",
-    "s_min": "cmp reg=d rm=a; cmova reg=d rm=a", "s_min_arg": "cmp reg=d arg; cmova reg=d arg",
+    "s_add_arg": "add reg=d arg", "s_max_arg": "cmp reg=d arg; cmovl reg=d arg", "s_min_arg": "cmp reg=d arg; cmovg reg=d arg",
     "s_const": "lea reg=d pool", "s_code": "lea reg=d code", "prefetch": "prefetcht1 mem",
     "label": "LABEL imm", "align": "ALIGN imm", "jump": "jmp imm", "jump_zero": "test reg=a rm=a; jz imm",
     "loop": "dec rm=a; jnz imm", "call": "call imm", "ret": "ret",
@@ -71,7 +71,7 @@ _SCALE = np.array([0] + [scale for _, scale in _MULTIPLES.values()] + [0], np.in
 """Index register and scale: none, then 0 to 7 pitches, then the product in TMP."""
 _WINDOWED = {S.X: 64, S.W: 4}
 """Pointers that walk far, and what a compressed displacement of theirs counts in; others take 32-bit displacements."""
-_MODIFIES = [OP[name] for name in ("s_add", "s_sub", "s_addi", "s_min", "s_min_arg")]
+_MODIFIES = [OP[name] for name in ("s_add", "s_sub", "s_addi", "s_add_arg", "s_max_arg", "s_min_arg")]
 _GPR_OF = np.array([GPR[s] for s in S], np.int8)
 _SCALAR_OP = np.array([op.scalar for op in OPS])
 _MEMORY_OP = np.array(["m" in op.form for op in OPS])
