@@ -218,10 +218,8 @@ class _Assigner:
         a, b, c = node.operands
         if isinstance(a, Constant):
             a, b = b, a
-        if isinstance(b, Constant) and isinstance(c, Constant):
-            d = self.overwrite(c, at)
-            self.rows.append((f"{node.op}_acc", d, self.register(a), self.flexible(b), 0))
-        elif isinstance(c, Value) and (self.dies(c, at) or not (self.dies(a, at) or self.dies(b, at)) or isinstance(b, Constant)):
+        dying = self.dies(c, at) or not (self.dies(a, at) or self.dies(b, at))
+        if isinstance(b, Constant) or (isinstance(c, Value) and dying):
             d = self.overwrite(c, at)
             self.rows.append((f"{node.op}_acc", d, self.register(a), self.flexible(b), 0))
         else:

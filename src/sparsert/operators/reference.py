@@ -45,13 +45,12 @@ class ReferenceProduct:
                 total = self._rows(values, x, start, stop)
                 if self.bias is not None:
                     total += self.bias[start:stop, None]
-                residual = None if r is None else r[start:stop].astype(np.float64)
-                if self.task.residual == "before":
-                    total += residual
+                if r is not None and self.task.residual == "before":
+                    total += r[start:stop]
                 if activation is not None:
                     total = ACTIVATIONS[activation].reference(total, *self.task.parameters)
-                if self.task.residual == "after":
-                    total = total + residual
+                if r is not None and self.task.residual == "after":
+                    total = total + r[start:stop]
                 y[start:stop] = total
                 start = stop
 

@@ -29,7 +29,7 @@ class Frame:
     def __init__(self, slots: int, scratch_floats: int) -> None:
         self.slots: NDArray[np.int64] = aligned_empty(slots, np.int64)
         self.slots[:] = 0
-        self._block = memoryview(self.slots).cast("B")
+        self._block = self.slots.data.cast("B")
         self.address = address_of(self.slots)
         self.scratch: NDArray[np.float32] = aligned_empty(scratch_floats)
 

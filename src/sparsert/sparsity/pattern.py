@@ -209,7 +209,8 @@ def as_dense_weight(weight: Any, where: str) -> NDArray[np.float32]:
     if array.ndim != 2:
         raise ShapeError(f"a weight matrix has two dimensions, not {array.ndim}", where=where,
                          hint="Reshape a 1x1 convolution's (O, I, 1, 1) to (O, I).")  # fmt: skip
-    _check_extents(*array.shape, where)
+    rows, cols = array.shape
+    _check_extents(rows, cols, where)
     return np.ascontiguousarray(_as_float32(array, where))
 
 

@@ -58,7 +58,8 @@ def _ranges(begin: Order, end: Order) -> Order:
     total = np.cumsum(length)
     if not total.size:
         return np.zeros(0, np.int64)
-    return np.arange(total[-1]) + np.repeat(begin - total + length, length)
+    ranges: Order = np.arange(total[-1]) + np.repeat(begin - total + length, length)
+    return ranges
 
 
 ORDERS = {"natural": natural, "count": by_count, "overlap": by_overlap}

@@ -159,16 +159,14 @@ class _Rows:
         bcast = bool(fields.pop("bcast", 0))
         if constant is None:
             return [Batch(row, enc, place, fields, bcast)]
-        # Operands from the constant pool, and those in registers.
-        number = fields.pop("rm")
+        number = np.asarray(fields.pop("rm"))
+        in_pool: dict[str, Field] = {"base": GPR[S.CONST], "disp": (-1 - number[constant].astype(np.int64)) * POOL_BYTES}
+        in_register: dict[str, Field] = {"rm": number[~constant]}
         return [
             Batch(row, enc, place[some], _pick(fields, some) | where)
-            for some, where in (
-                (constant, {"base": GPR[S.CONST], "disp": (-1 - number[constant].astype(np.int64)) * POOL_BYTES}),
-                (~constant, {"rm": number[~constant]}),
-            )
+            for some, where in ((constant, in_pool), (~constant, in_register))
             if some.any()
-        ]  # fmt: skip
+        ]
 
 
 def _pick(fields: dict[str, Field], some: NDArray[np.bool_]) -> dict[str, Field]:
