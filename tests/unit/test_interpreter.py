@@ -220,8 +220,8 @@ def test_masked_lanes_are_left_alone_and_quarters_placed(target: Target, count: 
 
 SCALAR = [
     ("s_mov", {"a": S.K}), ("s_add", {"a": S.K}), ("s_sub", {"a": S.K}), ("s_addi", {"disp": 7}),
-    ("s_set", {"disp": -3}), ("s_addi", {"disp": -(2**31)}), ("s_muli", {"a": S.K, "disp": -24}), ("s_add_arg", {"disp": 8}),
-    ("s_max_arg", {"disp": 8}), ("s_min_arg", {"disp": 8}),
+    ("s_set", {"disp": -3}), ("s_addi", {"disp": -(2**31)}), ("s_muli", {"a": S.K, "disp": -24}),
+    ("s_add_arg", {"disp": 8}), ("s_max_arg", {"disp": 8}), ("s_min_arg", {"disp": 8}),
 ]  # fmt: skip
 WORDS = [0, 1, -1, 5, 2**31, -(2**31) - 1, 2**47 - 1, 2**63 - 1, -(2**63)]
 
