@@ -79,6 +79,7 @@ def compile_listing(weight: Any, bias: Any = None, activation: Any = None, *, re
     found = host.lookup(target)
     if found.isa == "reference":
         raise UnsupportedError("the reference target has no machine code", where="target", hint="Name a compiled target.")
+    _check_schedule(schedule)
     kernel = matmul.generate(task, _schedule(task, found, schedule), found)
     return listing(kernel.program, found.isa)
 
@@ -90,11 +91,13 @@ def _compile(kind: type[_Operator], weight: Any, bias: Any, activation: Any, res
     found = host.resolve(target)
     matrix = as_sparse(weight)
     task, b = _task(matrix, bias, activation, residual, precision, layout)
+    _check_schedule(schedule)
+    permitted_bytes = _budget(max_code_bytes)
     if found.isa == "reference":
         product: Product = ReferenceProduct(task)
         chosen, reason, code_bytes, instructions, reuse, list_code = None, "", 0, 0, 0.0, _no_listing
     else:
-        budget = _budget(max_code_bytes, matrix.pattern.nnz)
+        budget = _hopeful(permitted_bytes, matrix.pattern.nnz)
         chosen = _schedule(task, found, schedule)
         reason = "given by the caller" if schedule else cost.reason(task, found, chosen)
         kernel = matmul.generate(task, chosen, found)
@@ -121,14 +124,14 @@ def _compile(kind: type[_Operator], weight: Any, bias: Any, activation: Any, res
 def _task(matrix: SparseMatrix, bias: Any, activation: Any, residual: str | None, precision: str, layout: str) -> tuple[Task, Array | None]:
     if precision not in PRECISIONS:
         raise UnsupportedError(f"unknown precision {precision!r}", where="precision", hint=f"Known: {', '.join(PRECISIONS)}.")
-    if residual not in (None, "before", "after"):
+    if not (residual is None or (isinstance(residual, str) and residual in ("before", "after"))):
         raise UnsupportedError(f"residual={residual!r}", where="residual", hint="Use None, 'before' or 'after' (the activation).")
     rows, columns = matrix.shape
     b = None
     if bias is not None:
         b = np.ascontiguousarray(as_input(bias, "bias"))
         if b.shape != (rows,):
-            raise ShapeError(f"shape {b.shape} is not (M={rows},)", where="bias")
+            raise ShapeError(f"shape {b.shape} is not (M={rows},)", where="bias", hint="One bias per output row.")
         require_finite(b, "bias")
         b = b.copy()
     found, parameters = activations.parse(activation)
@@ -141,25 +144,31 @@ def _schedule(task: Task, target: Target, given: Schedule | None) -> Schedule:
     spare = matmul.spare(task, target)
     if given is None:
         return cost.choose(task, target, spare)
-    if not isinstance(given, Schedule):
-        raise ScheduleError(f"{type(given).__name__} is not a Schedule", where="schedule", hint="Use sparsert.Schedule(rows=...).")
     given.check(target, spare)
     return given if task.layout == "row_major" else replace(given, packed=False)
+
+
+def _check_schedule(given: Any) -> None:
+    if given is not None and not isinstance(given, Schedule):
+        raise ScheduleError(f"{type(given).__name__} is not a Schedule", where="schedule", hint="Use sparsert.Schedule(rows=...).")
 
 
 def _threads(threads: int | None) -> int:
     if threads is None:
         return host.default_threads()
-    if not isinstance(threads, int) or isinstance(threads, bool) or threads < 1:
-        raise ValueRangeError(f"{threads!r} is not a positive number of threads", where="threads")
-    return threads
+    if not isinstance(threads, (int, np.integer)) or isinstance(threads, bool) or threads < 1:
+        raise ValueRangeError(f"{threads!r} is not a positive number of threads", where="threads", hint="Use None or an int from 1 on.")
+    return int(threads)
 
 
-def _budget(given: int | None, nnz: int) -> int:
+def _budget(given: int | None) -> int:
     budget = MAX_CODE_BYTES if given is None else given
     if not isinstance(budget, int) or isinstance(budget, bool) or budget < 0:
-        raise ValueRangeError(f"{given!r} is not a number of bytes", where="max_code_bytes")
-    budget = min(budget, MAX_CODE_BYTES)
+        raise ValueRangeError(f"{given!r} is not a number of bytes", where="max_code_bytes", hint="Use None or an int from 0 on.")
+    return min(budget, MAX_CODE_BYTES)
+
+
+def _hopeful(budget: int, nnz: int) -> int:
     if nnz * _LEAST_BYTES > budget:
         raise CodeBudgetError(f"{nnz} nonzeros take at least {nnz * _LEAST_BYTES} bytes of code, {budget} are permitted", where="max_code_bytes",
                               hint="Raise the budget, split or prune the layer further, or use target='reference'.")  # fmt: skip

@@ -17,7 +17,7 @@ class SparseRTError(Exception):
     def __init__(self, what: str, *, where: str = "", hint: str = "") -> None:
         self.what, self.where, self.hint = what, where, hint
         place = f"{where}: " if where else ""
-        advice = f" {hint}" if hint else ""
+        advice = f"{'' if what.endswith(('.', '!', '?')) else '.'} {hint}" if hint else ""
         super().__init__(f"[{self.code}] {place}{what}{advice}")
 
     def __reduce__(self) -> tuple[object, ...]:

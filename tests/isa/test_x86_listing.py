@@ -54,6 +54,7 @@ def our_text(text: str, labels: dict[int, int], end: int) -> str:
 
 def their_text(text: str) -> str:
     """Less what objdump adds: targets as a remark, that an encoding is the long one, sizes where nothing is read."""
+    text = text.replace("+0x0]", "]")  # r13 and rbp take a displacement even where it is zero
     text = re.sub(r" +#.*", "", text).lower().removeprefix("{evex} ").replace("bcst", "ptr")
     return text.replace("byte ptr ", "") if text.startswith("prefetch") else text
 

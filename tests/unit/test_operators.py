@@ -360,6 +360,38 @@ def test_output_beyond_memory(weight: np.ndarray) -> None:
     assert caught.value.hint
 
 
+@pytest.mark.parametrize("target", EVERY_TARGET)
+@pytest.mark.parametrize("layout", ["row_major", "tile_major", "linear"])
+def test_calls_like_an_earlier_one_are_checked_as_well(target: str, layout: str, rng: np.random.Generator) -> None:
+    """What an operator remembers of arrays that it took is no reason to take others."""
+    square = dense_matrix(rng, M, M, 0.2)
+    if layout == "linear":
+        op: Any = sparsert.compile_linear(square, target=target)
+    else:
+        op = sparsert.compile_matmul(square, target=target, layout=layout)
+    shape = {"row_major": (M, 40), "tile_major": (3, M, op.tile), "linear": (40, M)}[layout]
+    x, other, out = normal(rng, *shape), normal(rng, *shape), np.zeros(shape, np.float32)
+    wanted, second = op(x), op(other)
+    for given, y in ((x, wanted), (other, second), (x, wanted)):
+        assert same_bits(op(given, out=out), y)
+        assert same_bits(op(given), y)
+    locked = out.copy()
+    locked.setflags(write=False)
+    refused = [
+        (x, x, None, AliasError), (x, locked, None, AliasError), (x, out.astype(np.float64), None, DTypeError),
+        (x.astype(np.int32), out, None, DTypeError), (x.view(">f4"), out, None, DTypeError),
+        (x[:-1], out, None, ShapeError), (x, out[:-1], None, ShapeError), (x, out, out, UnsupportedError),
+    ]  # fmt: skip
+    before = x.copy(), locked.copy()
+    for given, target_array, residual, kind in refused:
+        with pytest.raises(kind):
+            op(given, out=target_array, residual=residual)
+    assert same_bits(x, before[0])
+    assert same_bits(locked, before[1])
+    op.refit(2 * square)
+    assert same_bits(op(x, out=out), 2 * wanted)
+
+
 # ---- refit -----------------------------------------------------------------------------------------------------------
 
 

@@ -43,7 +43,7 @@ class S(IntEnum):
     PX5 = 6
     PX7 = 7
     PY = 8  # pitch of Y in bytes
-    T = 9  # trip counters
+    T = 9  # trip counters; K also runs ahead of the values
     K = 10
     TMP = 11
     CONST = 12  # the constant pool

@@ -22,9 +22,10 @@ from ..target import Target
 from . import epilogue
 from .arguments import Arg
 from .epilogue import INPUT_REGISTERS
-from .layout import Cursor, load_multiples
+from .layout import TRANSPOSED_Y, Cursor, load_multiples, scatter
 
-PREFETCH_TAPS = 24
+PREFETCH = {S.CODE: 16, S.K: 40}
+"""Which pointers run ahead, and every how many taps: the code of a tap takes some 10 bytes, its value 4."""
 LINE = 64  # bytes of a cache line
 
 
@@ -54,9 +55,12 @@ class Plan:
         return max(1, (self.cuts.size - 1) // max(1, self.blocks.size - 1))
 
 
-def plan(taps: Taps, extent: int, order: NDArray[np.int64], schedule: Schedule, bias: bool) -> Plan:
-    """Sort ``taps`` of an ``extent``-row input by (segment, block, displacement, row) and give every value its slot."""
-    blocks = row_blocks(taps.rows, schedule.rows)
+def plan(taps: Taps, extent: int, order: NDArray[np.int64], schedule: Schedule, bias: bool, unit: int = 1) -> Plan:
+    """Sort ``taps`` of an ``extent``-row input by (segment, block, displacement, row) and give every value its slot.
+
+    The rows of every block are a multiple of ``unit``.
+    """
+    blocks = row_blocks(taps.rows, schedule.rows, unit)
     n_blocks = blocks.size - 1
     width = schedule.k_segment or max(extent, 1)
     segments = max(1, -(-extent // width))
@@ -112,14 +116,15 @@ class Body:
 def accumulate(taps: Taps, p: Plan, schedule: Schedule, target: Target, tiled: bool) -> Body:
     """Loads and multiply-adds of every block at once: array operations only, whatever the number of nonzeros.
 
-    With ``schedule.prefetch``, every 24th tap touches one more line of the code that follows: four tiles cover a block of equal size.
+    With ``schedule.prefetch``, taps touch the code and the values that follow line by line: four tiles cover a block of equal size.
     """
     broadcast = 0 if target.embedded_broadcast else 1
     n = p.taps.size
     per_tap = np.full(n, 1 + broadcast)
     per_tap[p.fresh] += 1
-    touching = np.arange(PREFETCH_TAPS - 1, n if schedule.prefetch else 0, PREFETCH_TAPS)
-    per_tap[touching] += 1
+    touching = [np.arange(every - 1, n if schedule.prefetch else 0, every) for every in PREFETCH.values()]
+    for touched in touching:
+        per_tap[touched] += 1
     end = np.cumsum(per_tap)
     total = int(end[-1]) if n else 0
     op, d, a, b = np.empty(total, np.uint8), np.zeros(total, np.int16), np.zeros(total, np.int16), np.zeros(total, np.int16)
@@ -129,11 +134,11 @@ def accumulate(taps: Taps, p: Plan, schedule: Schedule, target: Target, tiled: b
     source = (first_input + turn).astype(np.int16)
     k = taps.pitch[p.taps]
     loaded, at = np.flatnonzero(p.fresh), end - per_tap
-    if touching.size:
-        row, at[touching] = at[touching], at[touching] + 1
-        cell = np.searchsorted(p.cuts, touching, "right") - 1
-        op[row], ptr[row] = OP["prefetch"], S.CODE
-        disp[row] = (np.arange(touching.size) - np.searchsorted(touching, p.cuts)[cell]) * LINE
+    for pointer, touched in zip(PREFETCH, touching, strict=True):
+        row, at[touched] = at[touched], at[touched] + 1
+        op[row], ptr[row] = OP["prefetch"], pointer
+        cell = np.searchsorted(p.cuts, touched, "right") - 1
+        disp[row] = (np.arange(touched.size) - np.searchsorted(touched, p.cuts)[cell]) * LINE
     row = at[loaded]
     op[row], d[row], ptr[row] = OP["load"], source[loaded], S.X
     if tiled:
@@ -164,12 +169,12 @@ class Blocks:
     body: Body
     tiled: bool  # x is read tile-major: every displacement is a constant
     finish: Template | None
-    prefetch: bool
+    scatters: bool  # transposed output is written from the accumulators, without a panel in between
 
     def emit(self, b: Builder) -> None:
         p, blocks = self.plan, self.plan.blocks.size - 1
-        if not self.tiled:
-            load_multiples(b, Arg.X_PITCH)
+        if not self.tiled or self.scatters:
+            load_multiples(b, Arg.Y_PITCH if self.scatters else Arg.X_PITCH)
         ahead = b.label()
         for cell in range(p.segments * blocks):
             segment, block = divmod(cell, blocks)
@@ -177,11 +182,11 @@ class Blocks:
             lo, hi = int(self.body.cuts[cell]), int(self.body.cuts[cell + 1])
             if hi > lo or first or last:
                 note = f", segment {segment}" if p.segments > 1 else ""
-                ahead = self._block(b, block, slice(lo, hi), first, last, note, ahead)
+                ahead = self._block(b, block, slice(lo, hi), first, last, note, ahead, int(self.plan.cuts[cell + 1]))
         b.place(ahead)
 
-    def _block(self, b: Builder, block: int, body: slice, first: bool, last: bool, note: str, here: int) -> int:
-        """Emits one block, placing label ``here`` in front; returns the label of what follows."""
+    def _block(self, b: Builder, block: int, body: slice, first: bool, last: bool, note: str, here: int, end: int) -> int:
+        """Emits one block, placing label ``here`` in front; returns the label of what follows. Its taps end at tap ``end``."""
         task, p = self.task, self.plan
         span = slice(int(p.blocks[block]), int(p.blocks[block + 1]))
         rows = p.order[span]
@@ -191,10 +196,12 @@ class Blocks:
         x, y, r, partial_sums = self._cursors()
         following = b.label()
         cursors = [x] + ([y] if last else []) + ([r] if last and task.residual else []) + ([] if first and last else [partial_sums])
-        touched = int(np.count_nonzero(self.body.op[body] == OP["prefetch"])) if self.prefetch else 0
+        ahead = self.body.ptr[body][self.body.op[body] == OP["prefetch"]]
         b.place(here)
-        if touched:
+        if ahead.size:
             b.emit("s_code", d=S.CODE, disp=following)
+            b.emit("s_arg", d=S.K, disp=Arg.W.byte)
+            b.emit("s_addi", d=S.K, disp=4 * int(p.value_slot[end] if end < p.taps.size else p.slots))
         for cursor in cursors:
             cursor.rewind(b)
         b.emit("s_arg", d=S.T, disp=Arg.COUNT.byte)
@@ -215,14 +222,19 @@ class Blocks:
             if self.finish is not None:
                 where = self._by_rows(b, r, Arg.R_PITCH, rows) if task.residual else {}
                 epilogue.apply(b, self.finish, n, where)
-            b.emit_many("store", n, a=np.arange(n), **self._by_rows(b, y, Arg.Y_PITCH, rows))
+            if self.scatters:
+                y.point(b, S.X)
+                b.emit("s_addi", d=S.X, disp=4 * int(rows[0]))
+                scatter(b, self.target, n)
+            else:
+                b.emit_many("store", n, a=np.arange(n), **self._by_rows(b, y, Arg.Y_PITCH, rows))
         else:
             partial_sums.point(b, S.Y)
             b.emit_many("store", n, a=np.arange(n), **partial)
         for cursor in cursors:
             cursor.advance(b)
-        if touched:
-            b.emit("s_addi", d=S.CODE, disp=touched * LINE)
+        for pointer in PREFETCH if ahead.size else ():
+            b.emit("s_addi", d=pointer, disp=int(np.count_nonzero(ahead == pointer)) * LINE)
         b.emit("loop", a=S.T, disp=top)
         return following
 
@@ -234,8 +246,8 @@ class Blocks:
         if self.task.layout == "tile_major":
             x, y, r = Cursor(Arg.XT, Arg.X, Arg.X_NEXT, columns), Cursor(Arg.YT, Arg.Y, Arg.Y_NEXT, rows), Cursor(Arg.RT, Arg.R, Arg.R_NEXT, rows)
         elif self.task.layout == "transposed":
-            x, y, r = (Cursor(Arg.XT, Arg.PANEL, Arg.ZERO, columns), Cursor(Arg.YT, Arg.Y_PANEL, Arg.ZERO, rows),
-                       Cursor(Arg.RT, Arg.R_PANEL, Arg.ZERO, rows))  # fmt: skip
+            x, r = Cursor(Arg.XT, Arg.PANEL, Arg.ZERO, columns), Cursor(Arg.RT, Arg.R_PANEL, Arg.ZERO, rows)
+            y = TRANSPOSED_Y if self.scatters else Cursor(Arg.YT, Arg.Y_PANEL, Arg.ZERO, rows)
         else:
             x = Cursor(Arg.XT, Arg.PANEL, Arg.ZERO, columns) if self.tiled else Cursor(Arg.XT, Arg.X, Arg.X_NEXT, tile, Arg.X_LAST)
             y, r = Cursor(Arg.YT, Arg.Y, Arg.Y_NEXT, tile, Arg.Y_LAST), Cursor(Arg.RT, Arg.R, Arg.R_NEXT, tile, Arg.R_LAST)

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..codegen.vector import Builder, S
+import numpy as np
+from numpy.typing import NDArray
+
+from ..codegen.vector import OP, Builder, S
 from ..target import Target
 from .arguments import Arg
 
@@ -49,6 +52,12 @@ class Cursor:
         else:
             b.emit("s_addi", d=S.TMP, disp=self.step)
         b.emit("s_put", a=S.TMP, disp=self.at.byte)
+
+
+TRANSPOSED_X = Cursor(Arg.XT, Arg.X, Arg.X_NEXT, Arg.X_TILE, Arg.X_LAST)
+TRANSPOSED_Y = Cursor(Arg.YT, Arg.Y, Arg.Y_NEXT, Arg.Y_TILE, Arg.Y_LAST)
+TRANSPOSED_R = Cursor(Arg.RT, Arg.R, Arg.R_NEXT, Arg.R_TILE, Arg.R_LAST)
+"""The caller's arrays where a tile is so many of their rows."""
 
 
 def pack_rows(b: Builder, target: Target, extent: int) -> None:
@@ -127,17 +136,34 @@ def _transposed(b: Builder, target: Target, extent: int, cursor: Cursor, pitch: 
     b.emit("loop", a=S.T, disp=top)
 
 
-def _transpose4(b: Builder, r: int) -> None:
-    """Registers r .. r+3 hold rows of 4x4 blocks, one block per 128 bits; their transposes end in the same registers."""
-    t = r + 4
-    b.emit("zip_lo", d=t, a=r, b=r + 1)
-    b.emit("zip_hi", d=t + 1, a=r, b=r + 1)
-    b.emit("zip_lo", d=t + 2, a=r + 2, b=r + 3)
-    b.emit("zip_hi", d=t + 3, a=r + 2, b=r + 3)
-    b.emit("zip2_lo", d=r, a=t, b=t + 2)
-    b.emit("zip2_hi", d=r + 1, a=t, b=t + 2)
-    b.emit("zip2_lo", d=r + 2, a=t + 1, b=t + 3)
-    b.emit("zip2_hi", d=r + 3, a=t + 1, b=t + 3)
+# (operation, d, a, b): registers 0 to 3 hold rows of 4x4 blocks, one block per 128 bits, and receive their transposes; 4 to 7 are temporary.
+_TRANSPOSE = (
+    ("zip_lo", 4, 0, 1), ("zip_hi", 5, 0, 1), ("zip_lo", 6, 2, 3), ("zip_hi", 7, 2, 3),
+    ("zip2_lo", 0, 4, 6), ("zip2_hi", 1, 4, 6), ("zip2_lo", 2, 5, 7), ("zip2_hi", 3, 5, 7),
+)  # fmt: skip
+TRANSPOSE_REGISTERS = 4
+
+
+def _transpose4(b: Builder) -> None:
+    for op, d, x, y in _TRANSPOSE:
+        b.emit(op, d=d, a=x, b=y)
+
+
+def scatter(b: Builder, target: Target, rows: int) -> None:
+    """Accumulators 0 to ``rows`` - 1, a multiple of four, to consecutive elements of the tile's rows at X (whose pitch has its multiples)."""
+    groups = np.arange(0, rows, 4)
+
+    def spread(*registers: int) -> NDArray[np.int64]:
+        """A register of the network for every group; the temporaries lie behind the accumulators."""
+        column = np.array(registers)
+        return np.where(column < 4, column + groups[:, None], column - 4 + rows).reshape(-1)
+
+    names, d, x, y = zip(*_TRANSPOSE, strict=True)
+    ops = np.tile(np.array([OP[name] for name in names], np.uint8), groups.size)
+    b.emit_many(ops, ops.size, spread(*d), spread(*x), spread(*y))
+    # Row by row of the caller's array, so that its stores follow each other.
+    row, group = np.divmod(np.arange(target.lanes * groups.size), groups.size)
+    b.emit_many("store4", row.size, a=groups[group] + row % 4, b=row // 4, ptr=S.X, step=row, disp=4 * groups[group])
 
 
 def _gather(b: Builder, target: Target) -> None:
@@ -145,7 +171,7 @@ def _gather(b: Builder, target: Target) -> None:
     for quarter in range(target.lanes // 4):
         for i in range(4):
             b.emit("insert4" if quarter else "load4", d=i, b=quarter, ptr=S.X, step=4 * quarter + i)
-    _transpose4(b, 0)
+    _transpose4(b)
     for i in range(4):
         b.emit("store", a=i, ptr=S.Y, disp=i * target.tile_bytes)
 
@@ -153,7 +179,7 @@ def _gather(b: Builder, target: Target) -> None:
 def _scatter(b: Builder, target: Target) -> None:
     for i in range(4):
         b.emit("load", d=i, ptr=S.Y, disp=i * target.tile_bytes)
-    _transpose4(b, 0)
+    _transpose4(b)
     for quarter in range(target.lanes // 4):
         for i in range(4):
             b.emit("store4", a=i, b=quarter, ptr=S.X, step=4 * quarter + i)

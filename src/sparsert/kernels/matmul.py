@@ -25,12 +25,14 @@ class Kernel:
 
     Attributes:
         x_loads: vectors of x loaded per column tile.
+        scatters: transposed output leaves the accumulators directly, no output panel is needed.
     """
 
     program: Program
     plan: Plan
     taps: Taps
     x_loads: int
+    scatters: bool
 
     def pack(self, values: NDArray[np.float32], bias: NDArray[np.float32] | None, out: NDArray[np.float32]) -> None:
         """Values of the pattern (CSR order) and biases into ``out`` (plan.slots,), the array behind Arg.W."""
@@ -43,7 +45,13 @@ class Kernel:
 def spare(task: Task, target: Target) -> int:
     """Vector registers an accumulator may not take: those of the inner loop or of the epilogue, whichever needs more."""
     code = epilogue.template(task, target, Builder())
-    return max(epilogue.inner_registers(target), code.registers if code else 0)
+    transposing = layout.TRANSPOSE_REGISTERS if _scatters(task) else 0
+    return max(epilogue.inner_registers(target), code.registers if code else 0, transposing)
+
+
+def _scatters(task: Task) -> bool:
+    """Whether output rows come in fours, which can be transposed in registers."""
+    return task.layout == "transposed" and task.pattern.rows % 4 == 0
 
 
 def generate(task: Task, schedule: Schedule, target: Target) -> Kernel:
@@ -56,7 +64,8 @@ def generate(task: Task, schedule: Schedule, target: Target) -> Kernel:
     rows, extent = task.pattern.shape
     taps = matmul_taps(task.pattern)
     order = ORDERS[schedule.order](task.pattern, schedule.rows)
-    p = plan(taps, extent, order, schedule, task.bias)
+    scatters = _scatters(task) and schedule.order == "natural" and schedule.rows >= 4
+    p = plan(taps, extent, order, schedule, task.bias, 4 if scatters else 1)
     b = Builder()
     tiled = schedule.packed or task.layout != "row_major"
     body = accumulate(taps, p, schedule, target, tiled)
@@ -70,19 +79,15 @@ def generate(task: Task, schedule: Schedule, target: Target) -> Kernel:
     b.emit("jump_zero", a=S.T, disp=done)
     b.emit("s_min_arg", d=S.T, disp=Arg.GROUP.byte)
     b.emit("s_put", a=S.T, disp=Arg.COUNT.byte)
-    x, y, r = (Cursor(at, base, start, step, last) for at, base, start, step, last in (
-        (Arg.XT, Arg.X, Arg.X_NEXT, Arg.X_TILE, Arg.X_LAST), (Arg.YT, Arg.Y, Arg.Y_NEXT, Arg.Y_TILE, Arg.Y_LAST),
-        (Arg.RT, Arg.R, Arg.R_NEXT, Arg.R_TILE, Arg.R_LAST),
-    ))  # fmt: skip
     if task.layout == "transposed":
-        layout.pack_transposed(b, target, extent, x, Arg.X_PITCH, Arg.PANEL)
+        layout.pack_transposed(b, target, extent, layout.TRANSPOSED_X, Arg.X_PITCH, Arg.PANEL)
         if task.residual:
-            layout.pack_transposed(b, target, rows, r, Arg.R_PITCH, Arg.R_PANEL)
+            layout.pack_transposed(b, target, rows, layout.TRANSPOSED_R, Arg.R_PITCH, Arg.R_PANEL)
     elif tiled and task.layout == "row_major":
         layout.pack_rows(b, target, extent)
-    Blocks(task, target, p, body, tiled, epilogue.template(task, target, b), schedule.prefetch).emit(b)
-    if task.layout == "transposed":
-        layout.unpack_transposed(b, target, rows, y, Arg.Y_PITCH, Arg.Y_PANEL)
+    Blocks(task, target, p, body, tiled, epilogue.template(task, target, b), scatters).emit(b)
+    if task.layout == "transposed" and not scatters:
+        layout.unpack_transposed(b, target, rows, layout.TRANSPOSED_Y, Arg.Y_PITCH, Arg.Y_PANEL)
     for next_group, step in ((Arg.X_NEXT, Arg.X_GROUP), (Arg.Y_NEXT, Arg.Y_GROUP), (Arg.R_NEXT, Arg.R_GROUP)):
         Cursor(next_group, Arg.ZERO, Arg.ZERO, step).advance(b)
     b.emit("s_arg", d=S.T, disp=Arg.LEFT.byte)
@@ -94,4 +99,4 @@ def generate(task: Task, schedule: Schedule, target: Target) -> Kernel:
     b.emit("leave")
     program = b.finish()
     check(program)
-    return Kernel(program, p, taps, int(np.count_nonzero(p.fresh)))
+    return Kernel(program, p, taps, int(np.count_nonzero(p.fresh)), scatters)

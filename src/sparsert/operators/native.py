@@ -41,14 +41,17 @@ class NativeProduct:
         # A residual that is y itself must be read before its element is written: no tile may overlap another then.
         offset = 0 if ra == ya else ya % self.target.tile_bytes
         key = (columns, x.strides[0], y.strides[0], 0 if r is None else r.strides[0], offset)
-        free = self._frames.get(key)
-        frame = free.pop() if free else self._frame(*key)
+        free = self._frames.setdefault(key, [])
+        try:
+            frame = free.pop()
+        except IndexError:
+            frame = self._frame(*key)
         values, weights = self._values  # held here: a refit meanwhile does not free what this call reads
         frame.point(xa, ya, ra, weights)
         self.executable.call(frame.address)
+        free.append(frame)
         if len(self._frames) > _SHAPES:
             self._frames.clear()
-        self._frames.setdefault(key, []).append(frame)
         del values
 
     def _frame(self, columns: int, x_pitch: int, y_pitch: int, r_pitch: int, offset: int) -> Frame:
@@ -87,7 +90,7 @@ class NativeProduct:
         return {
             Arg.PANEL: k if staged or (self.schedule.packed and task.layout == "row_major") else 0,
             Arg.R_PANEL: m if staged and task.residual else 0,
-            Arg.Y_PANEL: m if staged else 0,
+            Arg.Y_PANEL: m if staged and not self.kernel.scatters else 0,
             Arg.PARTIAL: m if self.kernel.plan.segments > 1 else 0,
         }
 

@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ..errors import TargetUnavailableError, UnsupportedError
+from ..errors import ExecutableMemoryError, TargetUnavailableError, UnsupportedError
 from ..target import NATIVE_ORDER, TARGETS, Target
 from . import cpuid
 
@@ -38,7 +38,7 @@ def unavailable(name: str) -> str | None:
         return f"generated code runs on Linux x86-64, and this is {platform.system()} {platform.machine()}"
     try:
         missing = [f for f in target.needs if f not in cpu_features()]
-    except TargetUnavailableError as error:
+    except (TargetUnavailableError, ExecutableMemoryError) as error:
         return error.what
     return f"this CPU, or its operating system, lacks {', '.join(missing)}" if missing else None
 
@@ -132,7 +132,10 @@ def cpu_name() -> str:
 def host_report() -> dict[str, Any]:
     """What ``sparsert info`` prints: cpu, features, targets with the reason where one is unavailable, caches, threads."""
     targets = {name: unavailable(name) for name in TARGETS}
-    features = sorted(cpu_features()) if targets["x86-avx2"] is None or on_linux_x86() else []
+    try:
+        features = sorted(cpu_features())
+    except ExecutableMemoryError:  # CPUID is read by generated code; the targets' reasons say so
+        features = []
     native = next((n for n in NATIVE_ORDER if targets[n] is None), None)
     return {"cpu": cpu_name(), "features": features, "targets": targets, "native": native, "caches": dict(host_caches()),
             "threads": default_threads()}  # fmt: skip

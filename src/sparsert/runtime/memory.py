@@ -53,9 +53,9 @@ class ExecutableMemory:
         except OSError as first:
             try:
                 self.address = self._memfd(code)
-            except OSError as second:
+            except (OSError, AttributeError) as second:  # no memfd: an old C library
                 raise ExecutableMemoryError(
-                    f"the system refuses executable memory (mprotect: {first.strerror}; memfd: {second.strerror})",
+                    f"the system refuses executable memory (mprotect: {first.strerror}; memfd: {getattr(second, 'strerror', second)})",
                     hint="A policy such as SELinux execmem, PaX MPROTECT, systemd MemoryDenyWriteExecute or a container's seccomp profile "
                     "forbids generated code. Permit it for this process, or use target='reference'.",
                 ) from second

@@ -6,10 +6,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-def row_blocks(rows: int, limit: int) -> NDArray[np.int64]:
-    """Offsets of the fewest blocks of at most ``limit`` rows, as equal as can be: a last block of two rows would starve the FMAs."""
-    count = -(-rows // limit) if rows else 0
-    return np.arange(count + 1) * rows // max(count, 1)
+def row_blocks(rows: int, limit: int, unit: int = 1) -> NDArray[np.int64]:
+    """Offsets of the fewest blocks of at most ``limit`` rows, as equal as can be: a last block of two rows would starve the FMAs.
+
+    With ``unit``, which divides ``rows`` and is at most ``limit``, every block is a multiple of it.
+    """
+    units, most = rows // unit, limit // unit
+    count = -(-units // most) if units else 0
+    return np.arange(count + 1) * units // max(count, 1) * unit
 
 
 def balanced(work: NDArray[np.int64], parts: int) -> NDArray[np.int64]:

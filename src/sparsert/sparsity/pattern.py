@@ -97,7 +97,7 @@ class Pattern:
             ShapeError: ``weight`` has another shape.
             PatternMismatchError: it has a nonzero outside the pattern.
         """
-        if isinstance(weight, SparseMatrix) or is_sparse(weight):
+        if isinstance(weight, SparseMatrix) or is_sparse(weight) or _is_csr_tuple(weight):
             other = as_sparse(weight, where)
             if other.pattern == self:
                 return other.values
@@ -142,6 +142,10 @@ def is_sparse(weight: Any) -> bool:
     return hasattr(weight, "tocsr") and hasattr(weight, "nnz")
 
 
+def _is_csr_tuple(weight: Any) -> bool:
+    return isinstance(weight, tuple) and len(weight) == 4
+
+
 def as_sparse(weight: Any, where: str = "weight") -> SparseMatrix:
     """Weights in any accepted form as pattern plus values.
 
@@ -156,8 +160,9 @@ def as_sparse(weight: Any, where: str = "weight") -> SparseMatrix:
     if is_sparse(weight):
         csr = weight.tocsr()
         return from_csr(csr.data, csr.indices, csr.indptr, csr.shape, where)
-    if isinstance(weight, tuple) and len(weight) == 4:
-        return from_csr(*weight, where)
+    if _is_csr_tuple(weight):
+        data, indices, indptr, shape = weight
+        return from_csr(data, indices, indptr, shape, where)
     dense = as_dense_weight(weight, where)
     rows, cols = dense.shape
     flat = np.flatnonzero(dense != 0)
@@ -204,8 +209,16 @@ def from_csr(data: Any, indices: Any, indptr: Any, shape: Any, where: str = "wei
 def as_dense_weight(weight: Any, where: str) -> NDArray[np.float32]:
     """A C-contiguous float32 matrix (DLPack accepted), or an error that says what is wrong with it."""
     if not isinstance(weight, np.ndarray) and hasattr(weight, "__dlpack__"):
-        weight = np.from_dlpack(weight)
-    array = np.asarray(weight)
+        try:
+            weight = np.from_dlpack(weight)
+        except (BufferError, RuntimeError, TypeError, ValueError) as error:
+            raise DTypeError(f"this tensor cannot be viewed as a CPU array: {error}", where=where,
+                             hint="Detach it and move it to the CPU.") from error  # fmt: skip
+    try:
+        array = np.asarray(weight)
+    except ValueError as error:
+        raise ShapeError(f"this is no matrix: {error}", where=where,
+                         hint="Pass a two-dimensional array, or (data, indices, indptr, shape).") from error  # fmt: skip
     if array.ndim != 2:
         raise ShapeError(f"a weight matrix has two dimensions, not {array.ndim}", where=where,
                          hint="Reshape a 1x1 convolution's (O, I, 1, 1) to (O, I).")  # fmt: skip

@@ -96,6 +96,8 @@ def _encode(batch: Batch) -> tuple[Words, Words | None, Ints | int]:
         raise InternalError(f"{NAMES[batch.row]} has no such encoding ({kind}, broadcast={batch.bcast})")
     reg = row.digit if row.digit >= 0 else f["reg"] if "r" in row.operands else 0
     vvvv = f["vvvv"] if "v" in row.operands else 0
+    if kind == "V" and any(_largest(f.get(key, 0)) > 15 for key in ("reg", "vvvv", "rm")):
+        raise InternalError(f"{NAMES[batch.row]}: VEX reaches registers 0 to 15 only")
     has_modrm = row.digit >= 0 or "m" in row.operands
     modrm: Ints | int = 0
     tail: Ints | int = 0
@@ -152,6 +154,10 @@ def _choose(condition: Any, yes: Ints | int, no: Ints | int) -> Ints | int:
     if isinstance(condition, (bool, np.bool_)):
         return yes if condition else no
     return np.where(condition, yes, no)
+
+
+def _largest(value: Field) -> int:
+    return value if isinstance(value, int) else int(value.max())
 
 
 def _wide(value: Field) -> Ints | int:
