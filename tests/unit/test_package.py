@@ -78,7 +78,7 @@ def test_error_has_code_and_doc(error: type[errors.SparseRTError]) -> None:
     assert re.fullmatch(r"[a-z][a-z-]*", error.code)
     assert error.__dict__.get("__doc__"), "says when it is raised"
     raised = error("what happened", where="argument x", hint="Do this.")
-    assert str(raised) == f"[{error.code}] argument x: what happened Do this."
+    assert str(raised) == f"[{error.code}] argument x: what happened. Do this."
     assert str(error("what happened")) == f"[{error.code}] what happened"
 
 
@@ -180,7 +180,7 @@ def test_an_error_is_a_message_and_exit_code_2(
     use_command(monkeypatch, raising(error("what", where="place", hint="Do this.")))
     assert cli.main(["info"]) == 2
     out, err = capsys.readouterr()
-    assert (out, err) == ("", f"sparsert: error: [{error.code}] place: what Do this.\n")
+    assert (out, err) == ("", f"sparsert: error: [{error.code}] place: what. Do this.\n")
 
 
 def test_a_missing_file_is_a_message(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -150,7 +150,9 @@ def test_results_do_not_depend_on_the_schedule(
     assert op.schedule is not None
     for schedule in variants(op.schedule.rows):
         one = sparsert.compile_matmul(weight, bias, schedule=schedule, **options)
-        two = sparsert.compile_linear(weight, bias, schedule=schedule, **options)
+        # transposing takes four registers: fewer rows fit then
+        four_spare = dataclasses.replace(schedule, rows=min(schedule.rows, TARGETS[target].registers - 4))
+        two = sparsert.compile_linear(weight, bias, schedule=four_spare, **options)
         for x, r, y in zip(xs, rs, wanted, strict=True):
             assert same_bits(one(x, residual=r), y), schedule
             assert same_bits(two(np.ascontiguousarray(x.T), residual=np.ascontiguousarray(r.T)).T, y), schedule
