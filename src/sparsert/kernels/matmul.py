@@ -14,9 +14,11 @@ from ..sparsity.reorder import ORDERS
 from ..sparsity.taps import Taps, matmul_taps
 from ..target import Target
 from . import epilogue, layout
-from .accumulate import Blocks, Plan, accumulate, plan
+from .accumulate import accumulate
 from .arguments import Arg
+from .blocks import Blocks
 from .layout import Cursor
+from .plan import Plan, plan
 
 
 @dataclass(frozen=True, eq=False)

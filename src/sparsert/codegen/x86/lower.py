@@ -17,10 +17,10 @@ from .encoder import EVEX512, LEGACY, RIP, VEX256, Batch, Field, Ints
 from .table import ALIGN, LABEL, ROW, ROWS
 
 GPR = {
-    S.ARGS: 7, S.X: 0, S.W: 2, S.Y: 1, S.PX: 9, S.PX3: 10, S.PX5: 11, S.PX7: 3, S.PY: 14, S.T: 12, S.K: 13, S.TMP: 15,
+    S.ARGS: 7, S.X: 0, S.W: 2, S.Y: 1, S.PX: 9, S.PX3: 10, S.PX5: 13, S.PX7: 3, S.PY: 14, S.T: 12, S.K: 11, S.TMP: 15,
     S.CONST: 8, S.CODE: 6,
 }  # fmt: skip
-"""rdi rax rdx rcx r9 r10 r11 rbx r14 r12 r13 r15 r8 rsi. rbp keeps the frame chain, rsp is the stack's."""
+"""rbp keeps the frame chain, rsp is the stack's. Bases avoid r12 and r13, whose encodings are longer."""
 RBX, RBP, RSP, CALLEE_SAVED = 3, 5, 4, (3, 12, 13, 14, 15)
 
 _COMMON = {
@@ -71,7 +71,7 @@ _SCALE = np.array([0] + [scale for _, scale in _MULTIPLES.values()] + [0], np.in
 """Index register and scale: none, then 0 to 7 pitches, then the product in TMP."""
 _WINDOWED = {S.X: 64, S.W: 4}
 """Pointers that walk far, and what a compressed displacement of theirs counts in; others take 32-bit displacements."""
-_MODIFIES = [OP[name] for name in ("s_add", "s_sub", "s_addi", "s_add_arg", "s_max_arg", "s_min_arg")]
+_MODIFIES = np.array([op.name in ("s_add", "s_sub", "s_addi", "s_add_arg", "s_max_arg", "s_min_arg") for op in OPS])
 _GPR_OF = np.array([GPR[s] for s in S], np.int8)
 _SCALAR_OP = np.array([op.scalar for op in OPS])
 _MEMORY_OP = np.array(["m" in op.form for op in OPS])
@@ -200,15 +200,16 @@ class _Addressing:
             window, reach = self._windows(pointer, rows, encoding), self._reaches(pointer, rows)
             if window is None and reach is None:
                 continue
-            none = np.zeros(rows.size, np.int64)
-            window, reach = none if window is None else window, none if reach is None else reach
-            first = np.zeros(rows.size, bool)
-            begins = np.searchsorted(rows, written)
-            first[begins[begins < rows.size]] = True
-            first[0] = True
-            self._move(pointer, rows, first, window, reach)
-            modified = written[np.isin(op[written], _MODIFIES)]
-            self._check(pointer, rows, (window != 0) | (reach != 0), labels, np.setdiff1d(written, modified), modified)
+            # Only these rows matter: the first behind a write of the pointer, and those that lie elsewhere than the one before.
+            turns = np.searchsorted(rows, written)
+            turns = [np.zeros(1, np.int64), turns[turns < rows.size]]
+            turns += [np.flatnonzero(place[1:] != place[:-1]) + 1 for place in (window, reach) if place is not None]
+            at = np.unique(np.concatenate(turns))
+            none = np.zeros(at.size, np.int64)
+            window, reach = none if window is None else window[at], none if reach is None else reach[at]
+            self._move(pointer, rows[at], written, window, reach)
+            modifies = _MODIFIES[op[written]]
+            self._check(pointer, rows, rows[at], (window != 0) | (reach != 0), labels, written[~modifies], written[modifies])
 
     def _windows(self, pointer: S, rows: Ints, encoding: int) -> Ints | None:
         """How many bytes the pointer is moved for each row; what is left of the displacement stays."""
@@ -234,27 +235,30 @@ class _Addressing:
         self._products.append((rows[stepped], PITCH_OF[pointer], steps[stepped]))
         return None
 
-    def _move(self, pointer: S, rows: Ints, first: NDArray[np.bool_], where: Ints, reach: Ints) -> None:
-        delta, hop = np.diff(where, prepend=0), np.diff(reach, prepend=0)
-        delta[first], hop[first] = where[first], reach[first]
+    def _move(self, pointer: S, rows: Ints, written: Ints, where: Ints, reach: Ints) -> None:
+        region = np.searchsorted(written, rows)
+        same = np.zeros(rows.size, bool)
+        np.equal(region[1:], region[:-1], out=same[1:])
+        delta, hop = where - np.where(same, np.roll(where, 1), 0), reach - np.where(same, np.roll(reach, 1), 0)
         moved = np.flatnonzero((delta != 0) | (hop != 0))
         delta, hop = delta[moved], hop[moved]
         self.extra[rows[moved]] += (delta != 0).astype(np.int64) + (hop != 0) + ((hop != 0) & (hop != 1))
         self._moves.append((rows[moved], pointer, delta, hop))
 
     @staticmethod
-    def _check(pointer: S, rows: Ints, away: NDArray[np.bool_], labels: Ints, fresh: Ints, modified: Ints) -> None:
-        """A pointer that moves may not be used on behind a label, where control can come from elsewhere, nor be added to meanwhile."""
-        begins = np.unique(np.searchsorted(rows, fresh))
-        starts = np.unique(np.append(begins[begins < rows.size], 0))
-        moving = np.logical_or.reduceat(away, starts)
+    def _check(pointer: S, rows: Ints, turns: Ints, away: NDArray[np.bool_], labels: Ints, fresh: Ints, modified: Ints) -> None:
+        """A pointer that moves may not be used on behind a label, where control can come from elsewhere, nor be added to meanwhile.
+
+        ``rows`` use the pointer, and it changes its place at some of them, ``turns``, whether ``away`` or back.
+        """
+        moving = np.unique(np.searchsorted(fresh, turns[away]))
         for joints, step in ((labels, 0), (modified, -1)):
             neighbour = np.searchsorted(rows, joints) + step
             inside = (neighbour >= 0) & (neighbour < rows.size)
-            n, joint = neighbour[inside], joints[inside]
-            same = np.searchsorted(fresh, rows[n]) == np.searchsorted(fresh, joint)
-            bad = away[n] if step else moving[np.searchsorted(starts, n, "right") - 1]
-            if np.any(same & bad):
+            user, region = rows[neighbour[inside]], np.searchsorted(fresh, joints[inside])
+            bad = np.searchsorted(fresh, user) == region
+            bad &= away[np.searchsorted(turns, user, "right") - 1] if step else np.isin(region, moving)
+            if bad.any():
                 raise InternalError(f"pointer {pointer.name} is used across a label, or added to, while it is moved")
 
     def fields(self, rows: Ints) -> dict[str, Field]:

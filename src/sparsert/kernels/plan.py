@@ -1,0 +1,82 @@
+"""In which order a layer's taps are executed, and where each finds its value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..schedule.schedule import Schedule
+from ..sparsity.partition import row_blocks
+from ..sparsity.taps import Taps
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """The taps of a layer in execution order, segment by segment and block by block.
+
+    Attributes:
+        blocks: (blocks + 1,) offsets into ``order``; ``order``: the output row each position stands for.
+        cuts: (segments * blocks + 1,) offsets into the tap arrays.
+        taps: (n,) tap executed at each place; ``accumulator``: its row within the block; ``fresh``: it needs a new vector of x.
+        value_slot: (n,) where each tap's values lie in the packed array, in 32-bit slots (one float32, two bfloat16 or four int8); ``bias_slot``: (rows,) by position.
+    """
+
+    blocks: NDArray[np.int64]
+    order: NDArray[np.int64]
+    cuts: NDArray[np.int64]
+    taps: NDArray[np.int64]
+    accumulator: NDArray[np.int64]
+    fresh: NDArray[np.bool_]
+    value_slot: NDArray[np.int64]
+    bias_slot: NDArray[np.int64]
+    slots: int
+
+    @property
+    def segments(self) -> int:
+        return max(1, (self.cuts.size - 1) // max(1, self.blocks.size - 1))
+
+
+def plan(taps: Taps, extent: int, order: NDArray[np.int64], schedule: Schedule, bias: bool, unit: int = 1) -> Plan:
+    """Sort ``taps`` of an ``extent``-row input by (segment, block, displacement, row) and give every value its slot.
+
+    The rows of every block are a multiple of ``unit``.
+    """
+    blocks = row_blocks(taps.rows, schedule.rows, unit)
+    n_blocks = blocks.size - 1
+    width = schedule.k_segment or max(extent, 1)
+    segments = max(1, -(-extent // width))
+    position = np.empty(taps.rows, np.int64)
+    position[order] = np.arange(taps.rows)
+    block_of = np.repeat(np.arange(n_blocks), np.diff(blocks))
+    inside = np.arange(taps.rows) - blocks[:-1][block_of] if taps.rows else np.zeros(0, np.int64)
+    tap_position = position[taps.row]
+    block, k = block_of[tap_position], taps.pitch.astype(np.int64)
+    cell = k // width * n_blocks + block if segments > 1 else block
+    executed = _lexsort(tap_position, k, cell)
+    accumulator = inside[tap_position]
+    place = (cell * max(extent, 1) + k)[executed]
+    fresh = np.ones(place.size, bool)
+    np.not_equal(place[1:], place[:-1], out=fresh[1:])
+    cuts = np.searchsorted(place, np.arange(segments * n_blocks + 1) * max(extent, 1))
+    # Biases of a block stand in front of its first segment's values: one pointer walks both.
+    ahead = blocks[1:] if bias else np.zeros(n_blocks, np.int64)
+    shift = np.concatenate([ahead, np.full((segments - 1) * n_blocks, ahead[-1] if n_blocks else 0)])
+    value_slot = np.arange(place.size) + np.repeat(shift, np.diff(cuts))
+    bias_slot = np.arange(taps.rows) + cuts[:-1][block_of] if bias else np.zeros(0, np.int64)
+    return Plan(blocks, order, cuts, executed, accumulator[executed], fresh, value_slot, bias_slot,
+                int(place.size + (taps.rows if bias else 0)))  # fmt: skip
+
+
+def _lexsort(*keys: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The stable permutation that sorts by the last key, then the one before, ...; short words, which NumPy sorts by radix, where they do."""
+    order: NDArray[np.int64] | None = None
+    for key in keys:
+        short = key.astype(np.uint16) if key.size and key.max() < 1 << 16 else key
+        if order is None:
+            rising = key.size < 2 or bool((key[1:] >= key[:-1]).all())  # rows in their natural order are
+            order = np.arange(key.size) if rising else np.argsort(short, kind="stable")
+        else:
+            order = order[np.argsort(short[order], kind="stable")]
+    return np.zeros(0, np.int64) if order is None else order
