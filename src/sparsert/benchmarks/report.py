@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
 from ..errors import FormatError
@@ -75,6 +75,11 @@ class Row:
     dropped: tuple[str, ...] = ()
 
     @property
+    def shape(self) -> str:
+        """MxKxN."""
+        return f"{self.rows}x{self.inputs}x{self.columns}"
+
+    @property
     def fastest_dense(self) -> Timed | None:
         return self.fastest(role="dense")
 
@@ -138,6 +143,16 @@ class Report:
     def groups(self) -> list[str]:
         return list(dict.fromkeys(row.group for row in self.rows))
 
+    def by_shape(self) -> list[tuple[Row, int]]:
+        """Rows of one group, kind and shape as one row, with their number: what is shown where there are too many.
+
+        Times and ratios are geometric means over such rows. The means over a group remain those of its single rows.
+        """
+        found: dict[tuple[object, ...], list[Row]] = {}
+        for row in self.rows:
+            found.setdefault((row.group, row.kind, row.shape, row.layers, round(row.sparsity, 2)), []).append(row)
+        return [(_merged(rows), len(rows)) for rows in found.values()]
+
     def means(self) -> list[Mean]:
         """Geometric means of every ratio over each group, and over all rows where there are several groups."""
         groups = {group: [row for row in self.rows if row.group == group] for group in self.groups()}
@@ -191,6 +206,31 @@ def _row(data: dict[str, Any]) -> Row:
     known["ratios"] = tuple(Ratio(**ratio) for ratio in data["ratios"])
     known["dropped"] = tuple(data["dropped"])
     return Row(**known)
+
+
+def _merged(rows: list[Row]) -> Row:
+    """One row for several of one shape: geometric means of what all of them have."""
+    first = rows[0]
+    name = first.shape if first.layers == 1 else first.name  # a chain's name says that it is one
+    if len(rows) == 1:
+        return replace(first, name=name)
+    timed = []
+    for candidate in first.candidates:
+        same = [other for row in rows for other in row.candidates if other.key == candidate.key]
+        if len(same) == len(rows):
+            times = (geometric_mean([getattr(one, name) for one in same]) for name in ("median", "low", "high"))
+            timed.append(Timed(candidate.baseline, candidate.form, candidate.role, *times))
+    ratios = []
+    for ratio in first.ratios:
+        found = [r for row in rows if (r := row.ratio(ratio.of, ratio.over))]
+        if len(found) == len(rows):
+            values = (geometric_mean([getattr(one, name) for one in found]) for name in ("median", "low", "high"))
+            ratios.append(Ratio(ratio.of, ratio.over, *values))
+    return replace(
+        first, name=name, nnz=sum(row.nnz for row in rows), candidates=tuple(timed), ratios=tuple(ratios),
+        note="; ".join(dict.fromkeys(row.note for row in rows if row.note)),
+        dropped=tuple(dict.fromkeys(sentence for row in rows for sentence in row.dropped)),
+    )  # fmt: skip
 
 
 def _means(group: str, rows: Iterable[Row]) -> list[Mean]:

@@ -109,8 +109,10 @@ class Program:
 class Builder:
     """Collects rows; whole arrays at a time where there are many."""
 
-    _chunks: list[tuple[Any, ...]] = field(default_factory=list)
     _rows: list[tuple[int, ...]] = field(default_factory=list)
+    _places: list[int] = field(default_factory=list)  # of the single rows
+    _runs: list[tuple[Any, ...]] = field(default_factory=list)  # place, length, then a value or an array per column
+    _size: int = 0
     _constants: dict[int, int] = field(default_factory=dict)
     _labels: int = 0
     _notes: dict[int, str] = field(default_factory=dict)
@@ -118,12 +120,13 @@ class Builder:
     def emit(self, name: str, d: int = 0, a: int = 0, b: int = 0, ptr: int = 0, step: int = 0, disp: int = 0) -> None:
         """One row."""
         self._rows.append((OP[name], d, a, b, ptr, step, disp))
+        self._places.append(self._size)
+        self._size += 1
 
     def emit_many(self, op: Any, n: int, d: Any = 0, a: Any = 0, b: Any = 0, ptr: Any = 0, step: Any = 0, disp: Any = 0) -> None:
         """``n`` rows at once; every argument is a scalar or an array of ``n``. ``op`` is a name or an array of numbers."""
-        self._flush()
-        if n:
-            self._chunks.append((n, OP[op] if isinstance(op, str) else op, d, a, b, ptr, step, disp))
+        self._runs.append((self._size, n, OP[op] if isinstance(op, str) else op, d, a, b, ptr, step, disp))
+        self._size += n
 
     def constant(self, bits: int) -> int:
         """The number of a constant vector with the 32-bit pattern ``bits`` in every lane."""
@@ -140,24 +143,16 @@ class Builder:
         self.emit("label", disp=label)
 
     def finish(self) -> Program:
-        self._flush()
-        counts = [chunk[0] for chunk in self._chunks]
-        total = sum(counts)
+        rows, places = np.array(self._rows, np.int64).reshape(-1, len(_NAMES)), np.array(self._places, np.int64)
         columns: Columns = {}
         for i, name in enumerate(_NAMES):
-            column = np.empty(total, COLUMNS[name])
-            at = 0
-            for count, chunk in zip(counts, self._chunks, strict=True):
-                column[at : at + count] = chunk[i + 1]
-                at += count
-            columns[name] = column
+            column = columns[name] = np.zeros(self._size, COLUMNS[name])
+            column[places] = rows[:, i]
+            for run in self._runs:
+                value = run[i + 2]
+                if not isinstance(value, int) or value:
+                    column[run[0] : run[0] + run[1]] = value
         return Program(columns, tuple(self._constants), self._labels, dict(self._notes))
-
-    def _flush(self) -> None:
-        if self._rows:
-            rows = np.array(self._rows, np.int64)
-            self._chunks.append((len(rows), *rows.T))
-            self._rows = []
 
 
 def check(program: Program) -> None:

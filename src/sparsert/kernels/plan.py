@@ -12,6 +12,9 @@ from ..sparsity.partition import row_blocks
 from ..sparsity.taps import Taps
 
 
+_SHORT = 1 << 16  # keys below sort by radix
+
+
 @dataclass(frozen=True, eq=False)
 class Plan:
     """The taps of a layer in execution order, segment by segment and block by block.
@@ -54,9 +57,10 @@ def plan(taps: Taps, extent: int, order: NDArray[np.int64], schedule: Schedule, 
     tap_position = position[taps.row]
     block, k = block_of[tap_position], taps.pitch.astype(np.int64)
     cell = k // width * n_blocks + block if segments > 1 else block
-    executed = _lexsort(tap_position, k, cell)
+    place = cell * max(extent, 1) + k
+    executed = _lexsort(tap_position, place) if place.size and place.max() < _SHORT else _lexsort(tap_position, k, cell)
     accumulator = inside[tap_position]
-    place = (cell * max(extent, 1) + k)[executed]
+    place = place[executed]
     fresh = np.ones(place.size, bool)
     np.not_equal(place[1:], place[:-1], out=fresh[1:])
     cuts = np.searchsorted(place, np.arange(segments * n_blocks + 1) * max(extent, 1))
@@ -73,7 +77,7 @@ def _lexsort(*keys: NDArray[np.int64]) -> NDArray[np.int64]:
     """The stable permutation that sorts by the last key, then the one before, ...; short words, which NumPy sorts by radix, where they do."""
     order: NDArray[np.int64] | None = None
     for key in keys:
-        short = key.astype(np.uint16) if key.size and key.max() < 1 << 16 else key
+        short = key.astype(np.uint16) if key.size and key.max() < _SHORT else key
         if order is None:
             rising = key.size < 2 or bool((key[1:] >= key[:-1]).all())  # rows in their natural order are
             order = np.arange(key.size) if rising else np.argsort(short, kind="stable")

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from ..errors import ExecutableMemoryError, ValueRangeError
 
 _READ, _WRITE, _EXEC = 1, 2, 4
-_SHARED, _PRIVATE, _ANONYMOUS = 1, 2, 0x20
+_SHARED, _PRIVATE, _ANONYMOUS, _POPULATE = 1, 2, 0x20, 0x8000
 _MADV_HUGEPAGE = 14
 _HUGE = 2 << 20
 _FAILED = ctypes.c_void_p(-1).value
@@ -64,7 +64,7 @@ class ExecutableMemory:
     def _anonymous(self, code: bytes) -> int:
         huge = len(code) >= _HUGE
         span = self.size + (_HUGE if huge else 0)
-        base = _map(span, _READ | _WRITE, _PRIVATE | _ANONYMOUS, -1)
+        base = _map(span, _READ | _WRITE, _PRIVATE | _ANONYMOUS | (0 if huge else _POPULATE), -1)
         address = base
         if huge:  # a huge page wants an aligned address: give back what lies around it
             address = -(-base // _HUGE) * _HUGE

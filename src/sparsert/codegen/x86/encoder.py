@@ -240,13 +240,13 @@ def _align(batch: Batch, length: Ints, low: Words, high: Words) -> None:
 
 
 def _flatten(low: Words, high: Words, length: Ints, offsets: Ints, size: int) -> NDArray[np.uint8]:
-    """Instructions back to back. Whole words are stored in rising order, so that each overwrites the padding of the one before."""
+    """Instructions back to back. Whole words are stored in rising order, so that each overwrites the padding of the one before, and
+    one without bytes, a label, is overwritten altogether."""
     code = np.zeros(size + 16, np.uint8)
     words: NDArray[np.uint64] = np.ndarray((code.size - 7,), "<u8", code, strides=(1,))
     long = np.flatnonzero(length > 8)
     words[offsets[long] + 8] = high[long]
-    some = np.flatnonzero(length > 0) if np.any(length == 0) else slice(None)
-    words[offsets[:-1][some]] = low[some]
+    words[offsets[:-1]] = low
     return code[:size]
 
 

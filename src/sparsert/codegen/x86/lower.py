@@ -64,18 +64,18 @@ RECIPES = {
 }  # fmt: skip
 """By vector encoding. Mask operations use k2, or ymm15: they occur outside the accumulate loop only."""
 
-_MULTIPLES = {0: (-1, 0), 1: (S.PX, 0), 2: (S.PX, 1), 3: (S.PX3, 0), 4: (S.PX, 2), 5: (S.PX5, 0), 6: (S.PX3, 1), 7: (S.PX7, 0)}
-_BY_PRODUCT = 9
-_INDEX = np.array([-1] + [-1 if reg < 0 else GPR[S(reg)] for reg, _ in _MULTIPLES.values()] + [GPR[S.TMP]], np.int8)
+_MULTIPLES = {1: (S.PX, 0), 2: (S.PX, 1), 3: (S.PX3, 0), 4: (S.PX, 2), 5: (S.PX5, 0), 6: (S.PX3, 1), 7: (S.PX7, 0)}
+_BY_PRODUCT = 8
+_INDEX = np.array([-1] + [GPR[reg] for reg, _ in _MULTIPLES.values()] + [GPR[S.TMP]], np.int8)
 _SCALE = np.array([0] + [scale for _, scale in _MULTIPLES.values()] + [0], np.int8)
-"""Index register and scale: none, then 0 to 7 pitches, then the product in TMP."""
+"""Index register and scale: none, then 1 to 7 pitches, then the product in TMP."""
 _WINDOWED = {S.X: 64, S.W: 4}
 """Pointers that walk far, and what a compressed displacement of theirs counts in; others take 32-bit displacements."""
 _MODIFIES = np.array([op.name in ("s_add", "s_sub", "s_addi", "s_add_arg", "s_max_arg", "s_min_arg") for op in OPS])
 _GPR_OF = np.array([GPR[s] for s in S], np.int8)
 _SCALAR_OP = np.array([op.scalar for op in OPS])
-_MEMORY_OP = np.array(["m" in op.form for op in OPS])
-_WRITES_SCALAR = np.array([op.scalar and "d" in op.form for op in OPS])
+_MEMORY, _WRITES = 1, 2
+_KIND = np.array([_MEMORY if "m" in op.form else _WRITES if op.scalar and "d" in op.form else 0 for op in OPS], np.uint8)
 
 _Part = tuple[int, int, dict[str, Any]]
 
@@ -122,10 +122,10 @@ def lower(program: Program, encoding: int) -> list[Batch]:
     batches = operand.batches(start)
     start += operand.extra
     for number in present:
-        rows = by_op[number]
-        view = _Rows(c, rows, operand, program.labels, OPS[number].scalar)
-        for k, (row, enc, sources) in enumerate(recipes[number]):
-            batches += view.instruction(row, enc, start[rows] + k, sources)
+        for rows in operand.alike(by_op[number]) if "m" in OPS[number].form else [by_op[number]]:
+            view = _Rows(c, rows, operand, program.labels, OPS[number].scalar)
+            for k, (row, enc, sources) in enumerate(recipes[number]):
+                batches += view.instruction(row, enc, start[rows] + k, sources)
     return batches
 
 
@@ -190,12 +190,16 @@ class _Addressing:
         self._moves: list[tuple[Ints, S, Ints, Ints]] = []
         self._products: list[tuple[Ints, S, Ints]] = []
         self._indexed = np.zeros(len(program), np.int8)
-        memory = _MEMORY_OP[op]
-        writes = np.flatnonzero(_WRITES_SCALAR[op])
+        kind = _KIND.take(op)
+        memory = kind == _MEMORY
+        writes = np.flatnonzero(kind == _WRITES)
         labels = np.flatnonzero(op == OP["label"])
-        for number in np.flatnonzero(np.bincount(ptr[memory], minlength=len(S))).tolist():
-            pointer = S(number)
-            rows = np.flatnonzero(memory & (ptr == number))
+        pointers = np.where(memory, ptr, -1)
+        for pointer in S:
+            number = int(pointer)
+            rows = np.flatnonzero(pointers == number)
+            if not rows.size:
+                continue
             written = writes[c["d"][writes] == number]
             window, reach = self._windows(pointer, rows, encoding), self._reaches(pointer, rows)
             if window is None and reach is None:
@@ -228,7 +232,7 @@ class _Addressing:
         if not stepped.size:
             return None
         if pointer == S.X:
-            self._indexed[rows] = 1 + (steps & 7)
+            self._indexed[rows] = steps & 7
             return steps >> 3
         self._indexed[rows[stepped]] = _BY_PRODUCT
         self.extra[rows[stepped]] += 1
@@ -261,13 +265,18 @@ class _Addressing:
             if bad.any():
                 raise InternalError(f"pointer {pointer.name} is used across a label, or added to, while it is moved")
 
+    def alike(self, rows: Ints) -> list[Ints]:
+        """``rows`` apart by pointer, and by whether there is an index: the plain ones are the many, and quickly encoded."""
+        kind = self.c["ptr"][rows] * 2 + (self._indexed[rows] != 0)
+        if (kind == kind[0]).all():
+            return [rows]
+        return [rows[kind == one] for one in np.unique(kind)]
+
     def fields(self, rows: Ints) -> dict[str, Field]:
-        """The memory operand of ``rows`` as fields of an instruction; scalars where all rows agree."""
-        pointer, indexed = self.c["ptr"][rows], self._indexed[rows]
-        first = int(pointer[0])
-        base: Field = GPR[S(first)] if (pointer == first).all() else _GPR_OF[pointer]
-        fields: dict[str, Field] = {"base": base, "disp": self.disp[rows]}
-        if indexed.any():
+        """The memory operand of ``rows``, which are alike, as fields of an instruction."""
+        fields: dict[str, Field] = {"base": GPR[S(int(self.c["ptr"][rows[0]]))], "disp": self.disp[rows]}
+        if self._indexed[rows[0]]:
+            indexed = self._indexed[rows]
             fields |= {"index": _INDEX[indexed], "scale": _SCALE[indexed]}
         return fields
 
