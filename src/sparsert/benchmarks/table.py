@@ -1,29 +1,61 @@
-"""The report for people: one table of medians, spreads and ratios, geometric means, and the fine print."""
+"""The report for people: one table of medians, spreads and ratios, geometric means, and the fine print.
+
+The table takes the width there is: where it does not fit, spreads go first, then the columns that least belong to the
+result, and a line says which.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+import sys
+from dataclasses import dataclass
+from typing import Literal
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table
 
 from .baselines import BASELINES
 from .report import DENSE, Report, Row, Timed
 
-WIDTH = 190  # where the output is no terminal
+WIDTH = 190  # where the output is no terminal and COLUMNS is not set
+KEEP = 99
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the table of rows. The one of the lowest ``rank`` gives way first; those of rank ``KEEP`` never do.
+
+    ``title`` is what a column is called where it is left out.
+    """
+
+    head: str
+    cells: tuple[str, ...]
+    rank: int
+    title: str = ""
+    justify: Literal["left", "right"] = "right"
+    style: str = ""
+
+
+Counted = list[tuple[Row, int]]
+"""Rows, and how many problems each stands for."""
 
 
 def console() -> Console:
-    """A console that does not fold the table where output goes to a file."""
-    found = Console(highlight=False)
-    return found if found.is_terminal else Console(highlight=False, width=WIDTH)
+    """A console that does not fold tables where output goes to a file."""
+    wide = not sys.stdout.isatty() and not os.environ.get("COLUMNS")
+    return Console(highlight=False, width=WIDTH if wide else None)
 
 
-def show(report: Report, out: Console) -> None:
-    """Print the whole report."""
-    out.print(rows_table(report))
+def show(report: Report, out: Console, by_shape: bool = False) -> None:
+    """Print the whole report, with a row for every problem or, ``by_shape``, for every distinct shape of a group."""
+    rows = report.by_shape() if by_shape else [(row, 1) for row in report.rows]
+    table, left_out = rows_table(report, rows, out)
+    out.print(table)
+    if left_out:
+        out.print(f"left out at this width: {escape(', '.join(left_out))}", style="dim")
     out.print(means_table(report))
     for line in fine_print(report):
         out.print(escape(line), style="dim")
@@ -33,44 +65,76 @@ def show(report: Report, out: Console) -> None:
         )
 
 
-def rows_table(report: Report) -> Table:
-    title = (
-        f"milliseconds: median of {report.rounds} rounds ± half the range from 10th to 90th percentile; x: times faster"
-    )
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
-    columns, peers = report.columns(), report.peers()
-    extra = any(row.fastest("extra") for row in report.rows)
-    table.add_column("problem MxKxN", overflow="fold")
-    table.add_column("zeros", justify="right", no_wrap=True)
-    for column in (*columns, report.dense_label):
-        table.add_column(column, justify="right", no_wrap=column in columns)
-    table.add_column("winner", overflow="fold")
+def rows_table(report: Report, rows: Counted, out: Console) -> tuple[Table, list[str]]:
+    """The table of ``rows`` as wide as ``out`` allows, and what was left out for that."""
+    table = _table(report, rows, _columns(report, rows, wide=True), wide=True)
+    if _fits(table, out):
+        return table, []
+    columns, left_out = _columns(report, rows, wide=False), ["spreads"]
+    while not _fits(table := _table(report, rows, columns, wide=False), out):
+        least = min(columns, key=lambda column: column.rank)
+        if least.rank == KEEP:
+            break
+        columns.remove(least)
+        left_out.append(least.title)
+    return table, left_out
+
+
+def _fits(table: Table, out: Console) -> bool:
+    return Measurement.get(out, out.options.update(max_width=1000), table).maximum <= out.width
+
+
+def _table(report: Report, rows: Counted, columns: list[Column], wide: bool) -> Table:
+    spread = " ± half the range from 10th to 90th percentile" if wide else ""
+    table = Table(
+        title=f"milliseconds: median of {report.rounds} rounds{spread}; x: times faster", title_justify="left",
+        box=SIMPLE_HEAD, padding=(0, 1 if wide else 0),
+    )  # fmt: skip
     for column in columns:
-        table.add_column(f"x {_short(column, columns)}", justify="right", style="bold")
-    for peer in peers:
-        table.add_column(f"x over {BASELINES[peer].title}", justify="right")
-    if extra:
-        table.add_column("OpenVINO default", justify="right", style="dim")
-    for row in report.rows:
-        table.add_row(*_cells(row, columns, peers, extra), end_section=row is _last_of_group(report, row))
+        table.add_column(column.head, justify=column.justify, style=column.style, vertical="bottom")
+    last = {row.group: index for index, (row, _) in enumerate(rows)}
+    for index, (row, _) in enumerate(rows):
+        table.add_row(*(column.cells[index] for column in columns), end_section=index == last[row.group])
     return table
 
 
-def _cells(row: Row, columns: list[str], peers: list[str], extra: bool) -> Iterable[str]:
-    ours = {candidate.key: candidate for candidate in row.ours()}
-    dense = row.fastest_dense
-    yield escape(row.name + ("*" if row.note else ""))
-    yield f"{100 * row.sparsity:.1f} %"
-    for column in columns:
-        yield _time(ours.get(column))
-    yield _time(dense)
-    yield escape(f"{_title(dense)} {dense.form}") if dense else "-"
-    for column in columns:
-        yield _ratio(row, column, DENSE)
-    for peer in peers:
-        yield " / ".join(_ratio(row, column, peer) for column in columns) or "-"
-    if extra:
-        yield _time(row.fastest("extra"))
+def _columns(report: Report, counted: Counted, wide: bool) -> list[Column]:
+    rows, ours = [row for row, _ in counted], report.columns()
+    names = tuple(escape(row.name + ("*" if row.note else "")) for row in rows)
+    found = [Column("problem\nMxKxN", names, KEEP, justify="left")]
+    if any(count > 1 for _, count in counted):
+        found.append(Column("layers", tuple(str(count) for _, count in counted), KEEP))
+    found.append(Column("zeros", tuple(f"{100 * row.sparsity:.1f} %" for row in rows), 60, "zeros"))
+    for index, name in enumerate(ours):
+        cells = tuple(_time(_candidate(row, name), wide) for row in rows)
+        found.append(Column(_head(name, "ms"), cells, 40 - index if index else KEEP, f"ms of {name}"))
+    dense = "fastest dense" if report.dense_label.startswith("fastest") else report.dense_label
+    found += [
+        Column(_head(dense, "ms"), tuple(_time(row.fastest_dense, wide) for row in rows), KEEP),
+        Column("winner", tuple(_winner(row.fastest_dense) for row in rows), 70, "winner", "left"),
+        Column("in the form", tuple(_form(row.fastest_dense) for row in rows), 30, "form of the winner", "left"),
+    ]
+    for index, name in enumerate(ours):
+        cells = tuple(_ratio(row, name, DENSE) for row in rows)
+        rank = 80 - index if index else KEEP
+        found.append(Column(_head("x", _short(name, ours)), cells, rank, f"x of {name}", style="bold"))
+    for index, peer in enumerate(report.peers()):
+        shown = ours if wide else ours[:1]
+        cells = tuple(" / ".join(_ratio(row, name, peer) for name in shown) for row in rows)
+        title = BASELINES[peer].title
+        found.append(Column(_head("x over", title), cells, 50 - index, f"x over {title}"))
+    if any(row.fastest("extra") for row in rows):
+        cells = tuple(_time(row.fastest("extra"), wide) for row in rows)
+        found.append(Column("OpenVINO\ndefault\nms", cells, 20, "OpenVINO default", style="dim"))
+    return found
+
+
+def _head(*words: str) -> str:
+    return "\n".join(words).replace(" ", "\n")
+
+
+def _candidate(row: Row, key: str) -> Timed | None:
+    return next((candidate for candidate in row.candidates if candidate.key == key), None)
 
 
 def means_table(report: Report) -> Table:
@@ -108,13 +172,13 @@ def fine_print(report: Report) -> list[str]:
     return lines
 
 
-def _time(timed: Timed | None) -> str:
+def _time(timed: Timed | None, spread: bool) -> str:
     """Milliseconds with three digits or more, and the spread in per cent."""
     if timed is None:
         return "-"
     milliseconds = 1e3 * timed.median
     digits = 4 if milliseconds < 0.1 else 3 if milliseconds < 10 else 1
-    return f"{milliseconds:.{digits}f} ±{50 * (timed.high - timed.low) / timed.median:.0f} %"
+    return f"{milliseconds:.{digits}f}" + (f" ±{50 * (timed.high - timed.low) / timed.median:.0f} %" if spread else "")
 
 
 def _ratio(row: Row, of: str, over: str) -> str:
@@ -122,13 +186,15 @@ def _ratio(row: Row, of: str, over: str) -> str:
     return f"{ratio.median:.2f}" if ratio else "-"
 
 
-def _title(timed: Timed) -> str:
-    return BASELINES[timed.baseline].title if timed.baseline in BASELINES else timed.baseline
+def _winner(timed: Timed | None) -> str:
+    if timed is None:
+        return "-"
+    return BASELINES[timed.baseline].title if timed.baseline in BASELINES else escape(timed.baseline)
+
+
+def _form(timed: Timed | None) -> str:
+    return escape(timed.form) if timed else "-"
 
 
 def _short(column: str, columns: list[str]) -> str:
     return column if len(columns) == 1 else column.removeprefix("sparsert ") if " " in column else "row-major"
-
-
-def _last_of_group(report: Report, row: Row) -> Row:
-    return [other for other in report.rows if other.group == row.group][-1]
