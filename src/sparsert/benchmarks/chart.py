@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from ..errors import MissingDependencyError, UnsupportedError
@@ -13,16 +15,22 @@ from .report import ALL_GROUPS, DENSE, Report, Row
 
 SUFFIXES = (".png", ".svg")
 LINE_SLOTS = 32  # problems and means side by side before a chart gets a second line
+LETTERS = 14  # of the title to an inch
+MOST_ROWS = 40  # problems, each with bars of its own; beyond that, those of one shape share theirs
 # Falling luminance tells the bars apart in grey; hatches tell peers from ours.
 OURS = (("#0b3c5d", ""), ("#5b9bd5", ""), ("#2a7f62", ""))
 PEERS = {"mkl": ("#a9b1ba", ""), "torch_csr": ("#cdd3d9", "///"), "scipy": ("#f0f2f4", "...")}
 
 
+@dataclass(frozen=True)
 class Slot:
-    """A place on the x axis: a problem or a geometric mean, with a value for each series."""
+    """A place on the x axis: a problem, a shape or a geometric mean, with a value for each series."""
 
-    def __init__(self, label: str, sub: str, values: dict[str, float], is_mean: bool) -> None:
-        self.label, self.sub, self.values, self.is_mean = label, sub, values, is_mean
+    group: str
+    label: str
+    sub: str
+    values: dict[str, float]
+    is_mean: bool
 
 
 def outputs(path: Path) -> list[Path]:
@@ -68,28 +76,32 @@ def draw(report: Report, path: Path) -> list[Path]:
 
 def slots(report: Report, series: list[str]) -> list[list[Slot]]:
     """The bars of every group, its geometric mean last; lone problems share one mean over all."""
+    merge = len(report.rows) > MOST_ROWS
+    counted = report.by_shape() if merge else [(row, 1) for row in report.rows]
     groups = []
     for name in report.groups():
-        rows = [row for row in report.rows if row.group == name]
-        group = [_slot(row, series) for row in rows]
-        if len(rows) > 1:
-            group.append(_mean(report, name, "geometric mean", name if len(report.groups()) > 1 else "", series))
+        group = [_slot(row, count, series) for row, count in counted if row.group == name]
+        if sum(row.group == name for row in report.rows) > 1:
+            group.append(_mean(report, name, "geometric mean", series))
         groups.append(group)
     if len(groups) > 1:
-        groups.append([_mean(report, ALL_GROUPS, "geometric mean", "of all", series)])
+        groups.append([_mean(report, ALL_GROUPS, "mean of all", series)])
     return groups
 
 
-def _slot(row: Row, series: list[str]) -> Slot:
+def _slot(row: Row, count: int, series: list[str]) -> Slot:
     dense = row.fastest_dense
     winner = f"{BASELINES[dense.baseline].title} {dense.form}" if dense and dense.baseline in BASELINES else ""
     ratios = {name: row.ratio(name, DENSE) for name in series}
-    return Slot(row.name + ("*" if row.note else ""), winner, {n: r.median for n, r in ratios.items() if r}, False)
+    label = row.name + ("*" if row.note else "") + (f", {count} layers" if count > 1 else "")
+    return Slot(row.group, label, winner, {name: ratio.median for name, ratio in ratios.items() if ratio}, False)
 
 
-def _mean(report: Report, group: str, label: str, sub: str, series: list[str]) -> Slot:
+def _mean(report: Report, group: str, label: str, series: list[str]) -> Slot:
     means = {name: report.mean(group, name) for name in series}
-    return Slot(label, sub, {name: mean.value for name, mean in means.items() if mean}, True)
+    values = {name: mean.value for name, mean in means.items() if mean}
+    problems = sum(group in (row.group, ALL_GROUPS) for row in report.rows)
+    return Slot(group, label, f"{problems} problems", values, True)
 
 
 def lines(groups: list[list[Slot]], limit: int = LINE_SLOTS) -> list[list[list[Slot]]]:
@@ -108,20 +120,19 @@ def _figure(figure_class: Any, report: Report, series: list[str], groups: list[l
     count = max(sum(len(group) for group in line) for line in packed)
     crowded = count > 16
     width = max(7.0, count * (0.3 + 0.07 * len(series)) * (0.85 if crowded else 1.1) + 2.0)
-    figure = figure_class(figsize=(width, 5.6 * len(packed) ** 0.9), layout="constrained")
+    figure = figure_class(figsize=(width, 0.8 + 4.4 * len(packed)), layout="constrained")
     column = figure.subplots(len(packed), sharey=True, squeeze=False)[:, 0]
     extent = max(_draw_line(axes, report, series, line, crowded) for axes, line in zip(column, packed, strict=True))
     highest = max(value for group in groups for slot in group for value in slot.values.values())
     for axes in column:
         axes.set_xlim(-0.8, extent + 0.8)
-        axes.set_ylim(0, 1.12 * highest)
+        axes.set_ylim(0, 1.15 * max(highest, 1.0))  # where all is slower than dense, 1 is still to be seen
         _style(axes, report)
     handles: dict[str, Any] = {}
     for handle, label in zip(*column[0].get_legend_handles_labels(), strict=True):
         handles.setdefault(label, handle)
     figure.legend(handles.values(), handles.keys(), loc="outside upper left", ncols=len(handles), frameon=False,
-                  fontsize=8)  # fmt: skip
-    column[0].set_title(_title(report), fontsize=8.5, loc="left", color="#333333")
+                  fontsize=8, title=_title(report, int(width * LETTERS)), title_fontsize=8.5, alignment="left")  # fmt: skip
     return figure
 
 
@@ -129,7 +140,11 @@ def _draw_line(axes: Any, report: Report, series: list[str], line: list[list[Slo
     """The bars and labels of one line; returns where the last slot lies."""
     ours, width = report.columns(), 0.82 / len(series)
     position, ticks, labels = 0.0, [], []
+    named = len(report.groups()) > 1 and any(len(group) > 1 and group[0].group != ALL_GROUPS for group in line)
     for group in line:
+        if named and len(group) > 1:
+            axes.annotate(group[0].group, (position - 0.4, 1.0), (0, 3), textcoords="offset points", fontweight="bold",
+                          xycoords=axes.get_xaxis_transform(), fontsize=8.5, annotation_clip=False)  # fmt: skip
         for slot in group:
             position += 0.35 if slot.is_mean else 0.0
             for index, name in enumerate(series):
@@ -164,20 +179,21 @@ def _bar(axes: Any, x: float, width: float, slot: Slot, name: str, ours: list[st
 
 def _style(axes: Any, report: Report) -> None:
     axes.axhline(1.0, color="black", linewidth=1.0, zorder=3)
-    axes.annotate(f"1x: {report.dense_label}".replace(" ", "\n", 2), (1.0, 1.0), (3, 0), textcoords="offset points",
+    axes.annotate("1x: " + report.dense_head.replace(" ", "\n"), (1.0, 1.0), (3, 0), textcoords="offset points",
                   xycoords=axes.get_yaxis_transform(), va="center", fontsize=8)  # fmt: skip
-    axes.set_ylabel(f"speed-up over {report.dense_label}")
+    axes.set_ylabel(f"speed-up over {report.dense_head}")
     axes.grid(axis="y", color="#d9d9d9", linewidth=0.6, zorder=0)
     axes.set_axisbelow(True)
     axes.tick_params(axis="x", length=0)
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _title(report: Report) -> str:
+def _title(report: Report, width: int) -> str:
     head = report.environment
     threads = head.get("threads", 1)
+    words = f"fp32, {threads} thread{'s' if threads != 1 else ''}, {head.get('cpu', '')}, target {head.get('target', '')}"
+    found = [words]
+    if report.dense_head != report.dense_label:
+        found.append(f"{report.dense_head}: {report.dense_label}")
     notes = "; ".join(dict.fromkeys(row.note for row in report.rows if row.note))
-    line = (
-        f"fp32, {threads} thread{'s' if threads != 1 else ''}, {head.get('cpu', '')}, target {head.get('target', '')}"
-    )
-    return line + (f"\n* {notes}" if notes else "")
+    return "\n".join(fill(line, width) for line in [*found, *([f"* {notes}"] if notes else [])])

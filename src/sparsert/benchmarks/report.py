@@ -129,6 +129,11 @@ class Report:
             ", ".join(BASELINES[name].title for name in DENSE_BASELINES if name in present) or "none"
         )
 
+    @property
+    def dense_head(self) -> str:
+        """The same in two words, for axes and heads of columns."""
+        return "fastest dense" if self.dense_label.startswith("fastest") else self.dense_label
+
     def columns(self) -> list[str]:
         """Our columns in order of appearance, as ratios name them."""
         return list(dict.fromkeys(candidate.key for row in self.rows for candidate in row.ours()))

@@ -67,11 +67,12 @@ def show(report: Report, out: Console, by_shape: bool = False) -> None:
 
 def rows_table(report: Report, rows: Counted, out: Console) -> tuple[Table, list[str]]:
     """The table of ``rows`` as wide as ``out`` allows, and what was left out for that."""
-    table = _table(report, rows, _columns(report, rows, wide=True), wide=True)
-    if _fits(table, out):
-        return table, []
-    columns, left_out = _columns(report, rows, wide=False), ["spreads"]
-    while not _fits(table := _table(report, rows, columns, wide=False), out):
+    columns = _columns(report, rows, spread=True)
+    for padding in (1, 0):
+        if _fits(table := _table(report, rows, columns, True, padding), out):
+            return table, []
+    columns, left_out = _columns(report, rows, spread=False), ["spreads"]
+    while not _fits(table := _table(report, rows, columns, False, 0), out):
         least = min(columns, key=lambda column: column.rank)
         if least.rank == KEEP:
             break
@@ -84,12 +85,10 @@ def _fits(table: Table, out: Console) -> bool:
     return Measurement.get(out, out.options.update(max_width=1000), table).maximum <= out.width
 
 
-def _table(report: Report, rows: Counted, columns: list[Column], wide: bool) -> Table:
-    spread = " ± half the range from 10th to 90th percentile" if wide else ""
-    table = Table(
-        title=f"milliseconds: median of {report.rounds} rounds{spread}; x: times faster", title_justify="left",
-        box=SIMPLE_HEAD, padding=(0, 1 if wide else 0),
-    )  # fmt: skip
+def _table(report: Report, rows: Counted, columns: list[Column], spread: bool, padding: int) -> Table:
+    title = f"milliseconds: median of {report.rounds} rounds"
+    title += (" ± half the range from 10th to 90th percentile" if spread else "") + "; x: times faster"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, padding))
     for column in columns:
         table.add_column(column.head, justify=column.justify, style=column.style, vertical="bottom")
     last = {row.group: index for index, (row, _) in enumerate(rows)}
@@ -98,39 +97,39 @@ def _table(report: Report, rows: Counted, columns: list[Column], wide: bool) -> 
     return table
 
 
-def _columns(report: Report, counted: Counted, wide: bool) -> list[Column]:
+def _columns(report: Report, counted: Counted, spread: bool) -> list[Column]:
     rows, ours = [row for row, _ in counted], report.columns()
     names = tuple(escape(row.name + ("*" if row.note else "")) for row in rows)
     found = [Column("problem\nMxKxN", names, KEEP, justify="left")]
     if any(count > 1 for _, count in counted):
         found.append(Column("layers", tuple(str(count) for _, count in counted), KEEP))
-    found.append(Column("zeros", tuple(f"{100 * row.sparsity:.1f} %" for row in rows), 60, "zeros"))
+    found.append(Column("zeros\n%", tuple(f"{100 * row.sparsity:.1f}" for row in rows), 60, "zeros"))
     for index, name in enumerate(ours):
-        cells = tuple(_time(_candidate(row, name), wide) for row in rows)
+        cells = tuple(_time(_candidate(row, name), spread) for row in rows)
         found.append(Column(_head(name, "ms"), cells, 40 - index if index else KEEP, f"ms of {name}"))
-    dense = "fastest dense" if report.dense_label.startswith("fastest") else report.dense_label
     found += [
-        Column(_head(dense, "ms"), tuple(_time(row.fastest_dense, wide) for row in rows), KEEP),
+        Column(_head(report.dense_head, "ms"), tuple(_time(row.fastest_dense, spread) for row in rows), KEEP),
         Column("winner", tuple(_winner(row.fastest_dense) for row in rows), 70, "winner", "left"),
-        Column("in the form", tuple(_form(row.fastest_dense) for row in rows), 30, "form of the winner", "left"),
+        Column("form", tuple(_form(row.fastest_dense) for row in rows), 30, "form of the winner", "left"),
     ]
     for index, name in enumerate(ours):
         cells = tuple(_ratio(row, name, DENSE) for row in rows)
         rank = 80 - index if index else KEEP
         found.append(Column(_head("x", _short(name, ours)), cells, rank, f"x of {name}", style="bold"))
     for index, peer in enumerate(report.peers()):
-        shown = ours if wide else ours[:1]
+        shown = ours if spread else ours[:1]
         cells = tuple(" / ".join(_ratio(row, name, peer) for name in shown) for row in rows)
         title = BASELINES[peer].title
         found.append(Column(_head("x over", title), cells, 50 - index, f"x over {title}"))
     if any(row.fastest("extra") for row in rows):
-        cells = tuple(_time(row.fastest("extra"), wide) for row in rows)
+        cells = tuple(_time(row.fastest("extra"), spread) for row in rows)
         found.append(Column("OpenVINO\ndefault\nms", cells, 20, "OpenVINO default", style="dim"))
     return found
 
 
 def _head(*words: str) -> str:
-    return "\n".join(words).replace(" ", "\n")
+    """A word per line: figures are narrow."""
+    return "\n".join(words).replace(" ", "\n").replace("-", "-\n")
 
 
 def _candidate(row: Row, key: str) -> Timed | None:
@@ -140,22 +139,22 @@ def _candidate(row: Row, key: str) -> Timed | None:
 def means_table(report: Report) -> Table:
     """Geometric means of the rows' median ratios: a line per group and column, sparse peers over dense included."""
     columns, peers = report.columns(), report.peers()
-    table = Table(title="geometric means: how many times faster", title_justify="left", box=SIMPLE_HEAD)
-    for header in ("group", "of"):
-        table.add_column(header)
-    table.add_column("problems", justify="right")
+    table = Table(title="geometric means: times faster", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("group\n  column", vertical="bottom", overflow="fold")
+    table.add_column("problems", vertical="bottom", justify="right")
     for over in (DENSE, *peers):
-        table.add_column(f"over {report.dense_label if over == DENSE else BASELINES[over].title}", justify="right")
+        title = report.dense_head if over == DENSE else BASELINES[over].title
+        table.add_column(_head("over", title), vertical="bottom", justify="right")
     means = {(mean.group, mean.of, mean.over): mean for mean in report.means()}
     for group in dict.fromkeys(group for group, _, _ in means):
+        count = max(mean.rows for mean in means.values() if mean.group == group)
+        table.add_row(escape(group), str(count))
         for of in (*columns, *peers):
             found = [means.get((group, of, over)) for over in (DENSE, *peers)]
             if any(found):
-                count = max(mean.rows for mean in found if mean)
                 cells = (f"{mean.value:.2f}" if mean else "-" for mean in found)
                 title = BASELINES[of].title if of in peers else of
-                style = "bold" if of in columns else "dim"
-                table.add_row(escape(group), title, str(count), *cells, style=style)
+                table.add_row(f"  {title}", "", *cells, style="bold" if of in columns else "dim")
         table.add_section()
     return table
 
@@ -165,6 +164,8 @@ def fine_print(report: Report) -> list[str]:
     head = report.environment
     versions = ", ".join(f"{name} {number}" for name, number in head.get("versions", {}).items())
     lines = [f"{head.get('cpu', '')}; {head.get('threads')} thread(s); target {head.get('target')}; {versions}"]
+    if report.dense_head != report.dense_label:
+        lines.append(f"fastest dense: {report.dense_label}")
     if any(row.note for row in report.rows):
         lines.append("* " + "; ".join(dict.fromkeys(row.note for row in report.rows if row.note)))
     lines += [f"{name} skipped: {reason}" for name, reason in report.skipped.items()]

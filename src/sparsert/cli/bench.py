@@ -34,12 +34,15 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     option("--threads", type=int, default=1, metavar="N", help="threads of every candidate (default 1)")
     option("--target", default="native", metavar="T", help="native, x86-avx512, x86-avx2 or reference")
     option("--rounds", type=int, default=15, metavar="N", help="timing rounds per problem (default 15)")
+    option("--by-shape", action="store_true", help="a row of the table for each shape, geometric means of its layers")
     option("--json", type=Path, metavar="OUT", help="write all figures to OUT")
     option("--figure", type=Path, metavar="OUT", help="draw the speed-ups: .png, .svg, or no suffix for both")
     kernels.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
+    from rich.markup import escape
+
     from ..benchmarks import chart
     from ..benchmarks.table import console, show
 
@@ -52,12 +55,13 @@ def run(args: argparse.Namespace) -> int:
             path.parent.mkdir(parents=True, exist_ok=True)
     out = console()
     report = _measure(args, out)
-    show(report, out)
+    show(report, out, args.by_shape)
     if args.json:
         args.json.write_text(report.to_json())
-        out.print(f"figures: {args.json}")
+        out.print(f"figures: {escape(str(args.json))}", soft_wrap=True)
     if args.figure:
-        out.print(f"chart: {', '.join(map(str, chart.draw(report, args.figure)))}")
+        files = ", ".join(map(str, chart.draw(report, args.figure)))
+        out.print(f"chart: {escape(files)}", soft_wrap=True)
     return 0
 
 
@@ -73,6 +77,7 @@ def _measure(args: argparse.Namespace, out: Console) -> Report:
 
     from ..benchmarks import baselines, environment, problems, runner
     from ..benchmarks.ours import sparsert_forms
+    from ..runtime.host import lookup
 
     found = problems.select(args.problems, parse_sparsities(args.sparsity), args.columns)
     names = None if args.baseline is None else [name.strip() for name in args.baseline.split(",")]
@@ -92,7 +97,7 @@ def _measure(args: argparse.Namespace, out: Console) -> Report:
             bar.update(task, completed=done, description=following)
 
         command = "sparsert " + shlex.join(sys.argv[1:])
-        head = environment.describe(args.threads, args.target, command)
+        head = environment.describe(args.threads, lookup(args.target).name, command)
         return runner.run(found, selection, ours, threads=args.threads, rounds=args.rounds, head=head, progress=advance)
 
 

@@ -81,7 +81,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="for chart and figures (default %(default)s)",
     )
     option("--target", default="native", metavar="T", help="native, x86-avx512, x86-avx2 or reference")
-    option("--rounds", type=int, default=7, metavar="N", help="timing rounds per layer (default 7; 0: do not time)")
+    option("--rounds", type=int, default=11, metavar="N", help="timing rounds per layer (default %(default)s; 0: none)")
     parser.set_defaults(run=run)
 
 
@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
         out.print(
             f"[yellow]No machine code here:[/] {reason}\nUsing --target reference (NumPy): correct, but not fast."
         )
-    done = [item for path in paths for item in compile_and_check(path, target, out)]
+    done = compile_and_check(paths, target, out)
     wrong = [item.layer.name for item in done if not item.ratio <= 1.0]  # so that NaN is wrong
     if wrong:
         out.print(f"[bold red]WRONG:[/] errors beyond their bound in {', '.join(wrong)}")
@@ -225,35 +225,32 @@ class Compiled:
     ratio: float
 
 
-def compile_and_check(path: Path, target: str, out: Console) -> list[Compiled]:
-    """Compile and check every pruned layer of a file, and print a row for each."""
+def compile_and_check(paths: Sequence[Path], target: str, out: Console) -> list[Compiled]:
+    """Compile and check every pruned layer of the files, and print a row for each file."""
     from rich.box import SIMPLE_HEAD
     from rich.markup import escape
     from rich.table import Table
 
     from ..runtime.host import resolve
 
-    name = resolve(target).name
-    table = Table(title=f"{path.name}: its pruned layers, compiled for {name}", title_justify="left", box=SIMPLE_HEAD)
-    table.add_column("layer")
-    for header in ("M x K x N", "nonzeros", "zeros", "compiled in", "code", "error / bound"):
-        table.add_column(header, justify="right")
-    done = list(compiled_layers(path, target))
-    for item in done:
-        pattern = item.layer.weight.pattern
+    title = f"pruned layers, compiled for {resolve(target).name}, checked against float64 products"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0)
+    table.add_column("network", vertical="bottom", overflow="fold")
+    for header in ("layers", "non-\nzeros", "zeros\n%", "compiled\nin ms", "code\nkB", "error /\nbound"):
+        table.add_column(header, vertical="bottom", justify="right")
+    every: list[Compiled] = []
+    for path in paths:
+        done = list(compiled_layers(path, target))
+        every += done
+        patterns = [item.layer.weight.pattern for item in done]
+        nonzeros, size = sum(p.nnz for p in patterns), sum(p.rows * p.cols for p in patterns)
         table.add_row(
-            escape(item.layer.name), f"{pattern.rows} x {pattern.cols} x {item.columns}", f"{pattern.nnz:,}",
-            f"{100 * (1 - pattern.density):.1f} %", f"{1e3 * item.seconds:.2f} ms", f"{item.code_bytes:,} B",
-            f"{item.ratio:.3f}",
+            escape(path.stem), str(len(done)), f"{nonzeros:,}", f"{100 * (1 - nonzeros / size):.1f}",
+            f"{1e3 * sum(item.seconds for item in done):.0f}", f"{sum(item.code_bytes for item in done) / 1e3:,.0f}",
+            f"{max(item.ratio for item in done):.3f}",
         )  # fmt: skip
-    table.add_section()
-    table.add_row(
-        f"{len(done)} layers", "", f"{sum(c.layer.weight.pattern.nnz for c in done):,}", "",
-        f"{1e3 * sum(c.seconds for c in done):.0f} ms", f"{sum(c.code_bytes for c in done):,} B",
-        f"{max(c.ratio for c in done):.3f}", style="bold",
-    )  # fmt: skip
     out.print(table)
-    return done
+    return every
 
 
 def compiled_layers(path: Path, target: str) -> Iterator[Compiled]:
@@ -297,15 +294,18 @@ def bench(paths: Sequence[Path], target: str, rounds: int, folder: Path, out: Co
     """``sparsert bench kernels`` on the files, with chart and JSON in ``folder``."""
     from importlib.util import find_spec
 
+    from rich.markup import escape
+
     from .main import build_parser
 
     words = ["bench", "kernels", "--problems", ",".join(map(str, paths)), "--target", target, "--rounds", str(rounds)]
-    words += ["--json", str(folder / "demo.json")]
+    words += ["--by-shape", "--json", str(folder / "demo.json")]
     if find_spec("matplotlib") is None:
         out.print("[yellow]matplotlib is not installed: no chart is drawn[/] (pip install matplotlib)")
     else:
         words += ["--figure", str(folder / "demo.png")]
-    out.print(f"\nnow timing each layer beside what is installed; the same again: sparsert {shlex.join(words)}\n")
+    out.print("timing every layer beside what is installed; this is the same as\n")
+    out.print(escape(f"  sparsert {shlex.join(words)}\n"), soft_wrap=True)
     args = build_parser(words).parse_args(words)
     status: int = args.run(args)
     return status

@@ -7,12 +7,13 @@ from .schedule import Schedule, most_rows
 from .task import Task
 
 # What the rules below were read off (Zen 4, the layers of MobileNetV1 and BERT, uniform patterns of 80 to 98 %).
-_DIRECT_COLUMNS = 64  # so many input rows can be read in place: their cache lines survive from tile to tile
+_DIRECT_COLUMNS = 48  # so many input rows are read in place: their cache lines survive from tile to tile, whatever their alignment
 _PACKING_TAPS = 6  # packing a row of x pays from so many uses on
 _SEGMENT = 1024  # input rows per segment: its part of x stays in L2 and a block's code near L1
 _SEGMENT_TAPS = 2000  # ... if that leaves a block enough work to amortise carrying the sums
 _LOAD_BOUND = 0.06  # below this density loading x costs more than the multiply-adds: keep its tile in L1
 _CLUSTER = 0.035  # and below this one, it pays to group rows that share columns
+_ROW_TILES = 8  # tiles that go together where rows are far apart: whole stretches of a row come from, and go to, memory at once
 _PREFETCH_CODE = 4  # times L1: code that comes from further away than L2 sooner or later
 _MOST_CLUSTERED = 4096  # rows: grouping takes about 15 us a row
 
@@ -35,9 +36,12 @@ def choose(task: Task, target: Target, spare: int) -> Schedule:
         k_segment = 0
     code = code_bytes(task, target)
     load_bound = pattern.density <= _LOAD_BOUND and columns * target.tile_bytes <= target.l1d
-    tiles = 1 if code <= target.l1i or load_bound else 0
+    tiles = 0
+    if code <= target.l1i or load_bound:
+        tiles = 1 if task.layout == "tile_major" else _ROW_TILES
     clustered = pattern.density <= _CLUSTER and rows < pattern.rows <= _MOST_CLUSTERED
-    return Schedule(rows, k_segment, tiles, packed, "overlap" if clustered else "natural", tiles != 1 and code > _PREFETCH_CODE * target.l1i)
+    return Schedule(rows, k_segment, tiles, packed, "overlap" if clustered else "natural", tiles != 1 and code > _ROW_TILES = 8  # tiles that go together where rows are far apart: whole stretches of a row come from, and go to, memory at once
+_PREFETCH_CODE * target.l1i)
 
 
 def tiles_per_group(task: Task, schedule: Schedule, target: Target, tiles: int) -> int:
@@ -54,8 +58,9 @@ def reason(task: Task, target: Target, schedule: Schedule) -> str:
     """Why :func:`choose` chose so, in a sentence or two."""
     pattern, kib = task.pattern, code_bytes(task, target) / 1024
     words = [f"{schedule.rows} accumulators leave registers for input, weights and epilogue"]
-    if schedule.tiles == 1:
-        words.append(f"about {kib:.0f} KiB of code stay in the instruction cache, or x in the data cache, so all code passes over each tile")
+    if schedule.tiles:
+        few = "each tile" if schedule.tiles == 1 else f"{schedule.tiles} tiles at a time"
+        words.append(f"about {kib:.0f} KiB of code stay in the instruction cache, or x in the data cache, so all code passes over {few}")
     else:
         words.append(f"about {kib:.0f} KiB of code exceed the instruction cache, so all tiles pass over each block of it")
     if schedule.packed:
