@@ -56,7 +56,7 @@ class Blocks:
         partial = {"ptr": S.Y, "disp": rows * self.target.tile_bytes}
         x, y, r, sums = self._cursors
         cursors = [x] + ([y] if last else []) + ([r] if last and task.residual else []) + ([] if first and last else [sums])
-        top = b.label(f"rows {', '.join(map(str, rows[:4].tolist()))}{' ...' if n > 4 else ''}{f', cell {cell}' if p.segments > 1 else ''}")
+        top = b.label(f"rows {', '.join(map(str, rows[:4].tolist()))}{' ...' if n > 4 else ''}{f', segment {cell // (p.blocks.size - 1)}' if p.segments > 1 else ''}")
         self._run_ahead(b, cell, following)
         for cursor in cursors:
             cursor.rewind(b)

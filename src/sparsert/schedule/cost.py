@@ -40,8 +40,7 @@ def choose(task: Task, target: Target, spare: int) -> Schedule:
     if code <= target.l1i or load_bound:
         tiles = 1 if task.layout == "tile_major" else _ROW_TILES
     clustered = pattern.density <= _CLUSTER and rows < pattern.rows <= _MOST_CLUSTERED
-    return Schedule(rows, k_segment, tiles, packed, "overlap" if clustered else "natural", tiles != 1 and code > _ROW_TILES = 8  # tiles that go together where rows are far apart: whole stretches of a row come from, and go to, memory at once
-_PREFETCH_CODE * target.l1i)
+    return Schedule(rows, k_segment, tiles, packed, "overlap" if clustered else "natural", not tiles and code > _PREFETCH_CODE * target.l1i)
 
 
 def tiles_per_group(task: Task, schedule: Schedule, target: Target, tiles: int) -> int:
