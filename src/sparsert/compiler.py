@@ -57,7 +57,9 @@ def compile_matmul(
     """
     if layout not in LAYOUTS[:2]:
         raise UnsupportedError(f"unknown layout {layout!r}", where="layout", hint=f"Known: {', '.join(LAYOUTS[:2])}.")
-    return _compile(CompiledMatmul, weight, bias, activation, residual, precision, target, threads, layout, schedule, max_code_bytes)
+    return _compile(
+        CompiledMatmul, weight, bias, activation, residual, precision, target, threads, layout, schedule, max_code_bytes
+    )
 
 
 def compile_linear(
@@ -68,7 +70,19 @@ def compile_linear(
 
     Arguments and errors are those of :func:`compile_matmul`.
     """
-    return _compile(CompiledLinear, weight, bias, activation, residual, precision, target, threads, "transposed", schedule, max_code_bytes)
+    return _compile(
+        CompiledLinear,
+        weight,
+        bias,
+        activation,
+        residual,
+        precision,
+        target,
+        threads,
+        "transposed",
+        schedule,
+        max_code_bytes,
+    )
 
 
 def compile_listing(weight: Any, bias: Any = None, activation: Any = None, *, residual: str | None = None, target: str = "native",
@@ -78,7 +92,9 @@ def compile_listing(weight: Any, bias: Any = None, activation: Any = None, *, re
     task, _ = _task(matrix, bias, activation, residual, "f32", layout)
     found = host.lookup(target)
     if found.isa == "reference":
-        raise UnsupportedError("the reference target has no machine code", where="target", hint="Name a compiled target.")
+        raise UnsupportedError(
+            "the reference target has no machine code", where="target", hint="Name a compiled target."
+        )
     _check_schedule(schedule)
     kernel = matmul.generate(task, _schedule(task, found, schedule), found)
     return listing(kernel.program, found.isa)
@@ -121,11 +137,17 @@ def _compile(kind: type[_Operator], weight: Any, bias: Any, activation: Any, res
     return kind(Compiled(task, found, product, stats, chosen, reason, permitted, list_code), b)
 
 
-def _task(matrix: SparseMatrix, bias: Any, activation: Any, residual: str | None, precision: str, layout: str) -> tuple[Task, Array | None]:
+def _task(
+    matrix: SparseMatrix, bias: Any, activation: Any, residual: str | None, precision: str, layout: str
+) -> tuple[Task, Array | None]:
     if precision not in PRECISIONS:
-        raise UnsupportedError(f"unknown precision {precision!r}", where="precision", hint=f"Known: {', '.join(PRECISIONS)}.")
+        raise UnsupportedError(
+            f"unknown precision {precision!r}", where="precision", hint=f"Known: {', '.join(PRECISIONS)}."
+        )
     if not (residual is None or (isinstance(residual, str) and residual in ("before", "after"))):
-        raise UnsupportedError(f"residual={residual!r}", where="residual", hint="Use None, 'before' or 'after' (the activation).")
+        raise UnsupportedError(
+            f"residual={residual!r}", where="residual", hint="Use None, 'before' or 'after' (the activation)."
+        )
     rows, columns = matrix.shape
     b = None
     if bias is not None:
@@ -150,21 +172,27 @@ def _schedule(task: Task, target: Target, given: Schedule | None) -> Schedule:
 
 def _check_schedule(given: Any) -> None:
     if given is not None and not isinstance(given, Schedule):
-        raise ScheduleError(f"{type(given).__name__} is not a Schedule", where="schedule", hint="Use sparsert.Schedule(rows=...).")
+        raise ScheduleError(
+            f"{type(given).__name__} is not a Schedule", where="schedule", hint="Use sparsert.Schedule(rows=...)."
+        )
 
 
 def _threads(threads: int | None) -> int:
     if threads is None:
         return host.default_threads()
     if not isinstance(threads, (int, np.integer)) or isinstance(threads, bool) or threads < 1:
-        raise ValueRangeError(f"{threads!r} is not a positive number of threads", where="threads", hint="Use None or an int from 1 on.")
+        raise ValueRangeError(
+            f"{threads!r} is not a positive number of threads", where="threads", hint="Use None or an int from 1 on."
+        )
     return int(threads)
 
 
 def _budget(given: int | None) -> int:
     budget = MAX_CODE_BYTES if given is None else given
     if not isinstance(budget, int) or isinstance(budget, bool) or budget < 0:
-        raise ValueRangeError(f"{given!r} is not a number of bytes", where="max_code_bytes", hint="Use None or an int from 0 on.")
+        raise ValueRangeError(
+            f"{given!r} is not a number of bytes", where="max_code_bytes", hint="Use None or an int from 0 on."
+        )
     return min(budget, MAX_CODE_BYTES)
 
 

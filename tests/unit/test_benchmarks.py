@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
@@ -364,7 +366,7 @@ def test_no_rounds_are_refused() -> None:
 
 
 def report_of(dense: Sequence[str] = ("numpy", "torch", "onnxruntime", "openvino"), crippled: Sequence[str] = (),
-              rows: int = 3, groups: int = 1) -> Report:  # fmt: skip
+              rows: int = 3, groups: int = 1, tile_major: bool = False) -> Report:  # fmt: skip
     """A made-up report: ours takes 1, 2, 4 ... microseconds, and dense peers 8, 9, 10 ... times as long."""
 
     def row(index: int) -> Row:
@@ -375,9 +377,14 @@ def report_of(dense: Sequence[str] = ("numpy", "torch", "onnxruntime", "openvino
         sparse = Timed("scipy", "CSR@X", "sparse", 4 * ours.median, 4 * ours.median, 4 * ours.median)
         ratios = [Ratio("sparsert", "dense", 8.0 + index, 7.0, 9.0), Ratio("sparsert", "scipy", 4.0, 4.0, 4.0),
                   Ratio("scipy", "dense", 2.0, 2.0, 2.0)]  # fmt: skip
+        mine = [ours]
+        if tile_major:
+            mine.append(replace(ours, form="tile-major", median=0.8 * ours.median))
+            ratios += [Ratio("sparsert tile-major", "dense", 10.0 + index, 9.0, 11.0),
+                       Ratio("sparsert tile-major", "scipy", 5.0, 5.0, 5.0)]  # fmt: skip
         shape = (64, 32, 16 * (index + 1))
         return Row(f"layer{index} {'x'.join(map(str, shape))}", f"group{index % groups}", *shape, 1, 200, 0.9, "matmul",
-                   "a stand-in" if index == 0 else "", (ours, *others, sparse), tuple(ratios) if dense else (),
+                   "a stand-in" if index == 0 else "", (*mine, *others, sparse), tuple(ratios) if dense else (),
                    ("torch conv: failed",) if index == 1 else ())  # fmt: skip
 
     head = environment.describe(1, "native", "sparsert bench kernels") | {"crippled_by": list(crippled)}
@@ -448,21 +455,74 @@ def test_extra_forms_never_win() -> None:
     assert changed.fastest("extra") == fast
 
 
-def render(report: Report) -> str:
+def render(report: Report, width: int = 200, by_shape: bool = False) -> str:
     from rich.console import Console
 
-    out = Console(width=200, record=True, file=open("/dev/null", "w"), highlight=False)  # noqa: SIM115
-    table.show(report, out)
+    out = Console(width=width, record=True, file=io.StringIO(), highlight=False)
+    table.show(report, out, by_shape)
     return out.export_text()
 
 
 def test_table_names_winner_ratios_and_what_is_missing() -> None:
     printed = render(report_of())
-    for text in ("NumPy W@X", "layer1 64x32x32", "8.00", "4.00", "mkl skipped: mkl not installed", "a stand-in",
+    assert re.search(r"NumPy +W@X", printed)
+    for text in ("layer1 64x32x32", "8.00", "4.00", "mkl skipped: mkl not installed", "a stand-in",
                  "torch conv: failed", "geometric means"):  # fmt: skip
         assert text in printed
     assert f"{(8 * 9 * 10) ** (1 / 3):.2f}" in printed
     assert "fastest of none" in render(report_of(dense=()))
+
+
+@pytest.mark.parametrize("width", [60, 70, 80, 100, 120, 160])
+def test_table_takes_the_width_there_is(width: int) -> None:
+    """No row is folded: a line for each problem, whose first column is whole; what had no room is named."""
+    report = report_of(rows=4, tile_major=True)
+    printed = render(report, width).splitlines()
+    assert max(map(len, printed)) <= width
+    for index, row in enumerate(report.rows):
+        (line,) = [line for line in printed if re.match(rf" *{row.name}\*? ", line)]
+        assert f"{8.0 + index:.2f}" in line
+    left_out = " ".join(printed).partition("left out at this width: ")[2]
+    assert ("spreads" in left_out) == (not any("±" in line for line in printed))
+    assert left_out.startswith("spreads") == (width < 100)
+    assert ("x over SciPy CSR" in left_out) == (width < 70)
+
+
+def test_wide_tables_leave_nothing_out() -> None:
+    printed = render(report_of(tile_major=True))
+    assert "left out" not in printed
+    assert "4.00 / 5.00" in printed, "both of our columns over each sparse peer"
+
+
+def test_output_that_is_no_terminal_is_wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    assert table.console().width == table.WIDTH
+    monkeypatch.setenv("COLUMNS", "72")
+    assert table.console().width == 72
+
+
+def test_rows_of_one_shape_are_merged() -> None:
+    first, second, other = report_of().rows
+    second = replace(second, rows=first.rows, inputs=first.inputs, columns=first.columns)
+    single = replace(first.candidates[1], form="conv 1x1")
+    second = replace(second, candidates=(*second.candidates, single))
+    report = replace(report_of(), rows=(first, second, other, replace(first, group="another", sparsity=0.5)))
+    merged = report.by_shape()
+    assert [(row.name, count) for row, count in merged] == [("64x32x16", 2), ("64x32x48", 1), ("64x32x16", 1)]
+    row = merged[0][0]
+    assert row.nnz == 400
+    assert row.ratio("sparsert", "dense") == Ratio(
+        "sparsert", "dense", *(pytest.approx(v) for v in (72**0.5, 7.0, 9.0))
+    )
+    assert row.fastest("ours").median == pytest.approx(2**0.5 * 1e-6)
+    assert [c.key for c in row.candidates] == [c.key for c in first.candidates], "only what all of them have"
+    assert row.note == "a stand-in"
+    assert row.dropped == second.dropped
+    printed = render(report, by_shape=True)
+    assert [line.split()[:2] for line in printed.splitlines() if re.match(" *64x32x", line)] == [
+        ["64x32x16*", "2"], ["64x32x48", "1"], ["64x32x16*", "1"],
+    ]  # fmt: skip
+    assert report.mean("group0", "sparsert").rows == 3, "means remain those of single rows"
 
 
 # -- the whole run
@@ -562,6 +622,62 @@ def test_chart_is_reproducible_and_labels_a_crippled_run(tmp_path: Path) -> None
     assert first == second
     assert b"speed-up over crippled NumPy" in first
     assert b"best dense" not in first
+
+
+def slowed(report: Report, factor: float) -> Report:
+    """The same report with every ratio over dense times ``factor``."""
+    return replace(
+        report,
+        rows=tuple(
+            replace(
+                row, ratios=tuple(replace(r, median=factor * r.median) if r.over == "dense" else r for r in row.ratios)
+            )
+            for row in report.rows
+        ),
+    )
+
+
+@needs_matplotlib
+@pytest.mark.parametrize("factor", [1.0, 0.01])
+@pytest.mark.parametrize(("rows", "groups"), [(1, 1), (4, 4), (13, 1), (60, 2)])
+def test_nothing_lies_outside_a_chart_or_on_its_axes(rows: int, groups: int, factor: float) -> None:
+    """Also where every problem is slower than dense, and the line at 1 is above all bars."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    report = slowed(report_of(rows=rows, groups=groups, tile_major=True), factor)
+    series = [*report.columns(), "scipy"]
+    figure = chart._figure(Figure, report, series, chart.slots(report, series))
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    boxes = [axes.get_window_extent() for axes in figure.axes]
+    for axes in figure.axes:
+        low, high = axes.get_ylim()
+        assert low == 0
+        assert high > 1
+        for text in [*axes.texts, *axes.get_xticklabels(), axes.yaxis.label]:
+            box = text.get_window_extent()
+            assert box.x0 >= 0, text
+            assert box.x1 <= figure.bbox.x1, text
+            assert box.y0 >= 0, text
+            assert box.y1 <= figure.bbox.y1, text
+    (legend,) = figure.legends
+    assert legend.get_window_extent().x1 <= figure.bbox.x1
+    assert not any(legend.get_window_extent().overlaps(box) for box in boxes)
+    assert min(box.height for box in boxes) > 0.3 * figure.bbox.height / len(boxes), "the bars take their share"
+
+
+def test_many_layers_share_bars_by_shape() -> None:
+    report = report_of(rows=84, groups=2)
+    rows = tuple(replace(row, columns=16 * (index // 4)) for index, row in enumerate(report.rows))
+    report = replace(report, rows=rows)
+    first, second, _ = chart.slots(report, ["sparsert"])
+    assert len(first) == len(second) == 22
+    assert first[0].label == "64x32x0*, 2 layers"
+    assert first[0].values["sparsert"] == pytest.approx((8 * 10) ** 0.5)
+    assert first[-1].values["sparsert"] == pytest.approx(report.mean("group0", "sparsert").value)
+    assert first[-1].sub == "of 42"
+    assert len(chart.slots(replace(report, rows=rows[:40]), ["sparsert"])[0]) == 21, "few layers have bars of their own"
 
 
 @needs_matplotlib

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import re
 import subprocess
 import sys
 import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -164,12 +166,17 @@ def test_demo_from_download_to_check(pip: SimpleNamespace, tmp_path: Path, capsy
     words = ["demo", "--cache", str(tmp_path), "--target", "reference", "--rounds", "0"]
     assert main(words) == 0
     out = capsys.readouterr().out
-    assert out.count("3 layers") == 2
-    assert "16 x 24 x 25" in out
+    for name, raw in FILES.items():
+        (tmp_path / name).write_bytes(raw)
+        layers = load_layers(tmp_path / name)
+        nonzeros = sum(layer.weight.pattern.nnz for layer in layers)
+        assert re.search(rf"^ *{name.removesuffix('.tflite')} +{len(layers)} +{nonzeros} ", out, re.MULTILINE)
     assert "All layers are right" in out
 
 
-def test_demo_to_the_figures(pip: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_demo_to_the_figures(
+    pip: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     from sparsert.benchmarks import baselines
     from sparsert.benchmarks.report import Report
 
@@ -182,6 +189,11 @@ def test_demo_to_the_figures(pip: SimpleNamespace, tmp_path: Path, monkeypatch: 
     assert len(report.rows) == 6
     assert {row.group for row in report.rows} == {"one", "two"}
     assert all(row.ratio("sparsert", "dense") for row in report.rows)
+    out = capsys.readouterr().out
+    assert str(tmp_path / "out" / "demo.json") in out
+    if find_spec("matplotlib"):
+        assert f"chart: {tmp_path / 'out' / 'demo.png'}" in out
+        assert (tmp_path / "out" / "demo.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_demo_says_when_it_falls_back(
@@ -214,6 +226,7 @@ def test_asm(tmp_path: Path, capsys: pytest.CaptureFixture[str], target: str, la
     register = "zmm" if target == "x86-avx512" else "ymm"
     fmas = [line for line in text.splitlines() if "vfmadd" in line and register in line]
     assert len(fmas) >= layer.weight.pattern.nnz
+    assert text.startswith(f"; conv_2: 5x3, {layer.weight.pattern.nnz} nonzeros, bias, {layout}, {target}\n")
     assert main([*words, "-o", str(tmp_path / "listing.s")]) == 0
     assert (tmp_path / "listing.s").read_text() == text
     assert not capsys.readouterr().out

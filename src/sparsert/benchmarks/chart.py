@@ -82,10 +82,10 @@ def slots(report: Report, series: list[str]) -> list[list[Slot]]:
     for name in report.groups():
         group = [_slot(row, count, series) for row, count in counted if row.group == name]
         if sum(row.group == name for row in report.rows) > 1:
-            group.append(_mean(report, name, "geometric mean", series))
+            group.append(_mean(report, name, series))
         groups.append(group)
     if len(groups) > 1:
-        groups.append([_mean(report, ALL_GROUPS, "mean of all", series)])
+        groups.append([_mean(report, ALL_GROUPS, series)])
     return groups
 
 
@@ -97,11 +97,11 @@ def _slot(row: Row, count: int, series: list[str]) -> Slot:
     return Slot(row.group, label, winner, {name: ratio.median for name, ratio in ratios.items() if ratio}, False)
 
 
-def _mean(report: Report, group: str, label: str, series: list[str]) -> Slot:
+def _mean(report: Report, group: str, series: list[str]) -> Slot:
     means = {name: report.mean(group, name) for name in series}
     values = {name: mean.value for name, mean in means.items() if mean}
     problems = sum(group in (row.group, ALL_GROUPS) for row in report.rows)
-    return Slot(group, label, f"{problems} problems", values, True)
+    return Slot(group, "geometric mean", f"of {'all ' * (group == ALL_GROUPS)}{problems}", values, True)
 
 
 def lines(groups: list[list[Slot]], limit: int = LINE_SLOTS) -> list[list[list[Slot]]]:
@@ -131,8 +131,9 @@ def _figure(figure_class: Any, report: Report, series: list[str], groups: list[l
     handles: dict[str, Any] = {}
     for handle, label in zip(*column[0].get_legend_handles_labels(), strict=True):
         handles.setdefault(label, handle)
+    title = _title(report, int(width * LETTERS))
     figure.legend(handles.values(), handles.keys(), loc="outside upper left", ncols=len(handles), frameon=False,
-                  fontsize=8, title=_title(report, int(width * LETTERS)), title_fontsize=8.5, alignment="left")  # fmt: skip
+                  fontsize=8, title=title, title_fontsize=8.5, alignment="left")  # fmt: skip
     return figure
 
 
@@ -191,7 +192,9 @@ def _style(axes: Any, report: Report) -> None:
 def _title(report: Report, width: int) -> str:
     head = report.environment
     threads = head.get("threads", 1)
-    words = f"fp32, {threads} thread{'s' if threads != 1 else ''}, {head.get('cpu', '')}, target {head.get('target', '')}"
+    words = (
+        f"fp32, {threads} thread{'s' if threads != 1 else ''}, {head.get('cpu', '')}, target {head.get('target', '')}"
+    )
     found = [words]
     if report.dense_head != report.dense_label:
         found.append(f"{report.dense_head}: {report.dense_label}")

@@ -1,7 +1,7 @@
 """What a peer is: forms of one product that it may use, each bound to buffers and checked before it is timed.
 
-Layouts of activations: "kn" is x (K, N) row-major, "nk" its transpose (N, K), "tiles" is (ceil(N/tile), K, tile).  A 1x1
-convolution reads "kn" as NCHW and "nk" as NHWC.
+Layouts of activations: "kn" is x (K, N) row-major, "nk" its transpose (N, K), "tiles" is (ceil(N/tile), K, tile).
+A 1x1 convolution reads "kn" as NCHW and "nk" as NHWC.
 """
 
 from __future__ import annotations
@@ -145,6 +145,7 @@ def bind(form: Form, baseline: str, prepared: Prepared) -> Candidate:
     buffers = [allocate(rows, columns, form) for _ in problem.layers[:2]]
     source, steps = x, list[Callable[[], object]]()
     facts: dict[str, Any] = {}
+    worst = 0.0
     for index, (sparse, dense) in enumerate(zip(problem.layers, prepared.dense, strict=True)):
         target = buffers[index % 2]
         bias = problem.bias if form.adds_bias else None
@@ -157,12 +158,12 @@ def bind(form: Form, baseline: str, prepared: Prepared) -> Candidate:
         if error > form.tolerance:
             raise WrongResultError(f"relative error {error:.2g} exceeds {form.tolerance:.0e}")
         steps.append(bound.call)
-        facts = facts or bound.facts
+        facts, worst = facts or bound.facts, max(worst, error)
         source = target
     for buffer in buffers[: len(steps) - 1]:
         fill(buffer, prepared.x, form.layout)  # for forms that return new arrays and never write it: finite, not zero
     call = steps[0] if len(steps) == 1 else _in_turn(steps)
-    return Candidate(baseline, form.name, form.role, call, facts, (x, *buffers))
+    return Candidate(baseline, form.name, form.role, call, facts | {"relative_error": worst}, (x, *buffers))
 
 
 def _in_turn(steps: Sequence[Callable[[], object]]) -> Callable[[], object]:

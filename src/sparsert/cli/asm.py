@@ -36,10 +36,15 @@ def run(args: argparse.Namespace) -> int:
         raise UnsupportedError(f"the file has {len(layers)} layers; name one with --layer", where=args.file,
                                hint=f"They are {some([layer.name for layer in layers], 60)}.")  # fmt: skip
     from ..compiler import compile_listing
+    from ..runtime.host import lookup
 
     layer = layers[0] if args.layer is None else pick(layers, args.layer, args.file)
+    pattern = layer.weight.pattern
     listing = compile_listing(layer.weight, layer.bias, layer.activation, target=args.target, layout=args.layout)
-    text = listing if listing.endswith("\n") else listing + "\n"
+    head = [f"{layer.name}: {pattern.rows}x{pattern.cols}, {pattern.nnz} nonzeros"]
+    head += ["bias"] if layer.bias is not None else []
+    head += [] if layer.activation is None else [str(layer.activation)]
+    text = f"; {', '.join([*head, args.layout, lookup(args.target).name])}\n{listing}"
     if args.output:
         args.output.write_text(text)
     else:

@@ -17,7 +17,7 @@ from ..runtime.host import host_report
 # Optional packages: the module that is imported, and what SparseRT does with it. Distributions have the same name.
 PEERS = {
     "scipy": "sparse matrices in; CSR product as a baseline",
-    "tflite": "a second reader of .tflite files, for comparison",
+    "tflite": "a second reader in tests: .tflite files need no package",
     "torch": "dense and CSR baselines",
     "onnx": "builds the models of the onnxruntime baseline",
     "onnxruntime": "dense baseline",
@@ -76,7 +76,7 @@ def _print_tables(report: dict[str, Any]) -> None:
                        ("CPU", "cpu"), ("features", "features"), ("caches", "caches"), ("native target", "native"),
                        ("usable threads", "threads")]:  # fmt: skip
         machine.add_row(label, _flat(shown.get(key)))
-    targets = Table("target", "", title="Targets", title_justify="left")
+    targets = Table("target", "runs here", title="Targets", title_justify="left")
     for name, reason in report["targets"].items():
         targets.add_row(name, f"[yellow]no:[/] {reason}" if reason else "[green]yes[/]")
     peers = Table("package", "version", "used for", title="Optional packages", title_justify="left")

@@ -130,7 +130,9 @@ class _Assigner:
     """The linear scan: walks the nodes once, knows for each value its last use and its register."""
 
     def __init__(self, recorder: Recorder, result: Value, constant: Callable[[int], int], hold: bool) -> None:
-        self.hold = hold  # constants that must sit in a register stay there, instead of being loaded where they are used
+        self.hold = (
+            hold  # constants that must sit in a register stay there, instead of being loaded where they are used
+        )
         self.nodes, self.result, self.constant = recorder.nodes, result.number, constant
         self.last = {result.number: len(self.nodes)}
         for i, node in enumerate(self.nodes):

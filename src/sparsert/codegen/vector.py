@@ -87,7 +87,15 @@ OPS = _table()
 OP = {op.name: i for i, op in enumerate(OPS)}
 MEMORY = np.array(["m" in op.form for op in OPS])
 
-COLUMNS = {"op": np.uint8, "d": np.int16, "a": np.int16, "b": np.int16, "ptr": np.int8, "step": np.int32, "disp": np.int64}
+COLUMNS = {
+    "op": np.uint8,
+    "d": np.int16,
+    "a": np.int16,
+    "b": np.int16,
+    "ptr": np.int8,
+    "step": np.int32,
+    "disp": np.int64,
+}
 _NAMES = tuple(COLUMNS)
 Columns = dict[str, NDArray[Any]]
 
@@ -123,7 +131,9 @@ class Builder:
         self._places.append(self._size)
         self._size += 1
 
-    def emit_many(self, op: Any, n: int, d: Any = 0, a: Any = 0, b: Any = 0, ptr: Any = 0, step: Any = 0, disp: Any = 0) -> None:
+    def emit_many(
+        self, op: Any, n: int, d: Any = 0, a: Any = 0, b: Any = 0, ptr: Any = 0, step: Any = 0, disp: Any = 0
+    ) -> None:
         """``n`` rows at once; every argument is a scalar or an array of ``n``. ``op`` is a name or an array of numbers."""
         self._runs.append((self._size, n, OP[op] if isinstance(op, str) else op, d, a, b, ptr, step, disp))
         self._size += n

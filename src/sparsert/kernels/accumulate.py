@@ -56,7 +56,12 @@ def accumulate(taps: Taps, p: Plan, schedule: Schedule, target: Target, tiled: b
         per_tap[touched] += 1
     end = np.cumsum(per_tap)
     total = int(end[-1]) if n else 0
-    op, d, a, b = np.empty(total, np.uint8), np.zeros(total, np.int16), np.zeros(total, np.int16), np.zeros(total, np.int16)
+    op, d, a, b = (
+        np.empty(total, np.uint8),
+        np.zeros(total, np.int16),
+        np.zeros(total, np.int16),
+        np.zeros(total, np.int16),
+    )
     ptr, step, disp = np.full(total, S.W, np.int8), np.zeros(total, np.int32), np.zeros(total, np.int64)
     first_input, weight = schedule.rows, schedule.rows + INPUT_REGISTERS
     turn = np.cumsum(p.fresh, dtype=np.int32) % INPUT_REGISTERS

@@ -13,7 +13,9 @@ class Arg(IntEnum):
     R = auto()  # residual,
     W = auto()  # packed values
     ZERO = auto()  # from here on: what shapes and pitches decide. Always 0, also the smallest offset of a tile
-    X_LAST = auto()  # offset of the last tile, which overlaps the one before where the columns are no multiple of a tile
+    X_LAST = (
+        auto()
+    )  # offset of the last tile, which overlaps the one before where the columns are no multiple of a tile
     Y_LAST = auto()
     R_LAST = auto()
     X_PITCH = auto()  # pitches and their multiples
@@ -34,7 +36,9 @@ class Arg(IntEnum):
     X_GROUP = auto()  # and from group to group
     Y_GROUP = auto()
     R_GROUP = auto()
-    START = auto()  # offset of the first tile, at or below 0: a negative one is raised to 0, and the tiles behind it are aligned
+    START = (
+        auto()
+    )  # offset of the first tile, at or below 0: a negative one is raised to 0, and the tiles behind it are aligned
     TILES = auto()  # column tiles
     GROUP = auto()  # of which so many a group
     PANEL = auto()  # scratch: packed x, residual and output of a group, partial sums of a group

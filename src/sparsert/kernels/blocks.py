@@ -49,14 +49,21 @@ class Blocks:
     def _block(self, b: Builder, cell: int, block: int, first: bool, last: bool, following: int) -> None:
         """One block of one segment; ``following`` labels the code behind it."""
         task, p, c = self.task, self.plan, self.body
-        span, body = slice(int(p.blocks[block]), int(p.blocks[block + 1])), slice(int(c.cuts[cell]), int(c.cuts[cell + 1]))
+        span, body = (
+            slice(int(p.blocks[block]), int(p.blocks[block + 1])),
+            slice(int(c.cuts[cell]), int(c.cuts[cell + 1])),
+        )
         rows = p.order[span]
         n = rows.size
         accumulators = np.arange(n)
         partial = {"ptr": S.Y, "disp": rows * self.target.tile_bytes}
         x, y, r, sums = self._cursors
-        cursors = [x] + ([y] if last else []) + ([r] if last and task.residual else []) + ([] if first and last else [sums])
-        top = b.label(f"rows {', '.join(map(str, rows[:4].tolist()))}{' ...' if n > 4 else ''}{f', segment {cell // (p.blocks.size - 1)}' if p.segments > 1 else ''}")
+        cursors = (
+            [x] + ([y] if last else []) + ([r] if last and task.residual else []) + ([] if first and last else [sums])
+        )
+        top = b.label(
+            f"rows {', '.join(map(str, rows[:4].tolist()))}{' ...' if n > 4 else ''}{f', segment {cell // (p.blocks.size - 1)}' if p.segments > 1 else ''}"
+        )
         self._run_ahead(b, cell, following)
         for cursor in cursors:
             cursor.rewind(b)
@@ -72,7 +79,9 @@ class Blocks:
             b.emit_many("bcast", n, d=accumulators, ptr=S.W, disp=p.bias_slot[span] * 4)
         else:
             b.emit_many("zero", n, d=accumulators)
-        b.emit_many(c.op[body], body.stop - body.start, c.d[body], c.a[body], c.b[body], c.ptr[body], c.step[body], c.disp[body])
+        b.emit_many(
+            c.op[body], body.stop - body.start, c.d[body], c.a[body], c.b[body], c.ptr[body], c.step[body], c.disp[body]
+        )
         if last:
             self._finish(b, rows, r, y)
         else:
@@ -113,13 +122,24 @@ class Blocks:
         rows, columns = self.task.pattern.rows * tile, self.task.pattern.cols * tile
         partial = Cursor(Arg.PT, Arg.PARTIAL, Arg.ZERO, rows)
         if self.task.layout == "tile_major":
-            x, y, r = Cursor(Arg.XT, Arg.X, Arg.X_NEXT, columns), Cursor(Arg.YT, Arg.Y, Arg.Y_NEXT, rows), Cursor(Arg.RT, Arg.R, Arg.R_NEXT, rows)
+            x, y, r = (
+                Cursor(Arg.XT, Arg.X, Arg.X_NEXT, columns),
+                Cursor(Arg.YT, Arg.Y, Arg.Y_NEXT, rows),
+                Cursor(Arg.RT, Arg.R, Arg.R_NEXT, rows),
+            )
         elif self.task.layout == "transposed":
             x, r = Cursor(Arg.XT, Arg.PANEL, Arg.ZERO, columns), Cursor(Arg.RT, Arg.R_PANEL, Arg.ZERO, rows)
             y = TRANSPOSED_Y if self.scatters else Cursor(Arg.YT, Arg.Y_PANEL, Arg.ZERO, rows)
         else:
-            x = Cursor(Arg.XT, Arg.PANEL, Arg.ZERO, columns) if self.tiled else Cursor(Arg.XT, Arg.X, Arg.X_NEXT, tile, Arg.X_LAST)
-            y, r = Cursor(Arg.YT, Arg.Y, Arg.Y_NEXT, tile, Arg.Y_LAST), Cursor(Arg.RT, Arg.R, Arg.R_NEXT, tile, Arg.R_LAST)
+            x = (
+                Cursor(Arg.XT, Arg.PANEL, Arg.ZERO, columns)
+                if self.tiled
+                else Cursor(Arg.XT, Arg.X, Arg.X_NEXT, tile, Arg.X_LAST)
+            )
+            y, r = (
+                Cursor(Arg.YT, Arg.Y, Arg.Y_NEXT, tile, Arg.Y_LAST),
+                Cursor(Arg.RT, Arg.R, Arg.R_NEXT, tile, Arg.R_LAST),
+            )
         return x, y, r, partial
 
     def _by_rows(self, b: Builder, cursor: Cursor, pitch: Arg, rows: NDArray[np.int64]) -> dict[str, Any]:

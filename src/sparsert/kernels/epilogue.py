@@ -12,7 +12,6 @@ from ..schedule.task import Task
 from ..target import Target
 from .activations import ACTIVATIONS
 
-
 INPUT_REGISTERS = 2  # vectors of x in flight: renaming makes more pointless
 
 
@@ -57,7 +56,9 @@ def apply(b: Builder, code: Template, accumulators: int, place: dict[str, Any]) 
         return np.where(column == ACCUMULATOR, own, real).reshape(-1)
 
     loads = [row[0] == "residual" for row in code.rows]
-    ops = np.tile(np.array([OP["load" if load else row[0]] for load, row in zip(loads, code.rows, strict=True)], np.uint8), n)
+    ops = np.tile(
+        np.array([OP["load" if load else row[0]] for load, row in zip(loads, code.rows, strict=True)], np.uint8), n
+    )
     at_load = np.tile(np.array(loads), n)
     memory = {key: np.where(at_load, np.repeat(np.broadcast_to(value, n), length), 0) for key, value in place.items()}
     immediate = np.tile(np.array([row[4] for row in code.rows]), n)

@@ -110,7 +110,15 @@ def unpack_transposed(b: Builder, target: Target, extent: int, cursor: Cursor, p
     _transposed(b, target, extent, cursor, pitch, panel, _scatter)
 
 
-def _transposed(b: Builder, target: Target, extent: int, cursor: Cursor, pitch: Arg, panel: Arg, four: Callable[[Builder, Target], None]) -> None:
+def _transposed(
+    b: Builder,
+    target: Target,
+    extent: int,
+    cursor: Cursor,
+    pitch: Arg,
+    panel: Arg,
+    four: Callable[[Builder, Target], None],
+) -> None:
     """Walk the caller's array (W, X) and a panel (Y) four rows of the panel at a time."""
     top, turn = b.label(f"transpose, {panel.name}"), b.label()
     load_multiples(b, pitch)

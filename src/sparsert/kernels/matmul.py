@@ -73,7 +73,12 @@ def generate(task: Task, schedule: Schedule, target: Target) -> Kernel:
     body = accumulate(taps, p, schedule, target, tiled)
     done, group = b.label("done"), b.label("next group of tiles")
     b.emit("enter")
-    for source, variable in ((Arg.START, Arg.X_NEXT), (Arg.START, Arg.Y_NEXT), (Arg.START, Arg.R_NEXT), (Arg.TILES, Arg.LEFT)):
+    for source, variable in (
+        (Arg.START, Arg.X_NEXT),
+        (Arg.START, Arg.Y_NEXT),
+        (Arg.START, Arg.R_NEXT),
+        (Arg.TILES, Arg.LEFT),
+    ):
         b.emit("s_arg", d=S.TMP, disp=source.byte)
         b.emit("s_put", a=S.TMP, disp=variable.byte)
     b.place(group)

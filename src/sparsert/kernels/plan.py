@@ -11,7 +11,6 @@ from ..schedule.schedule import Schedule
 from ..sparsity.partition import row_blocks
 from ..sparsity.taps import Taps
 
-
 _SHORT = 1 << 16  # keys below sort by radix
 
 

@@ -22,7 +22,9 @@ def as_input(value: Any, where: str) -> Array:
     """
     if not isinstance(value, np.ndarray):
         if not hasattr(value, "__dlpack__"):
-            raise DTypeError(f"{type(value).__name__} is not an array", where=where, hint="Pass a NumPy array or a DLPack tensor.")
+            raise DTypeError(
+                f"{type(value).__name__} is not an array", where=where, hint="Pass a NumPy array or a DLPack tensor."
+            )
         try:
             value = np.from_dlpack(value)
         except (BufferError, RuntimeError, TypeError, ValueError) as error:
@@ -57,7 +59,9 @@ def empty(shape: tuple[int, ...]) -> Array:
     try:
         return np.empty(shape, np.float32)
     except (MemoryError, ValueError) as error:
-        raise ValueRangeError(f"an output of shape {shape} cannot be allocated: {error}", where="x", hint="Use fewer columns.") from error
+        raise ValueRangeError(
+            f"an output of shape {shape} cannot be allocated: {error}", where="x", hint="Use fewer columns."
+        ) from error
 
 
 def packed_columns(array: Array) -> bool:

@@ -14,7 +14,6 @@ from ..schedule.task import Task
 from ..target import Target
 from .arrays import F32, Array, as_input, as_output, empty, overlaps, packed_columns, require_shape, same_view
 
-
 _SIGNATURES = 64
 
 
@@ -150,7 +149,9 @@ class _Operator:
     def _output(self, out: Any, shape: tuple[int, ...], x: Array) -> Array:
         y = as_output(out, shape)
         if y.size and overlaps(x, y):
-            raise AliasError("out overlaps x, which is still read while out is written", where="out", hint="Pass another array.")
+            raise AliasError(
+                "out overlaps x, which is still read while out is written", where="out", hint="Pass another array."
+            )
         return y
 
     def _residual(self, residual: Any, shape: tuple[int, ...]) -> Array | None:
@@ -226,7 +227,11 @@ class CompiledMatmul(_Operator):
     def _tiles(self, x: Array, out: Any, residual: Any) -> Array:
         m, k = self._pattern.shape
         if x.ndim != 3 or x.shape[1:] != (k, self.tile):
-            raise ShapeError(f"shape {x.shape} is not (T, K={k}, {self.tile})", where="x", hint="Compile with layout='row_major' for (K, N).")
+            raise ShapeError(
+                f"shape {x.shape} is not (T, K={k}, {self.tile})",
+                where="x",
+                hint="Compile with layout='row_major' for (K, N).",
+            )
         shape = (x.shape[0], m, self.tile)
         y = empty(shape) if out is None else self._output(out, shape, x)
         r = self._residual(residual, shape)
@@ -259,7 +264,9 @@ class CompiledLinear(_Operator):
         x = as_input(x, "x")
         m, k = self._pattern.shape
         if x.ndim < 1 or x.shape[-1] != k:
-            raise ShapeError(f"shape {x.shape} is not (..., K={k})", where="x", hint=_transpose_hint(x.T, k) if x.ndim == 2 else "")
+            raise ShapeError(
+                f"shape {x.shape} is not (..., K={k})", where="x", hint=_transpose_hint(x.T, k) if x.ndim == 2 else ""
+            )
         shape = (*x.shape[:-1], m)
         y = empty(shape) if out is None else self._output(out, shape, x)
         r = self._residual(residual, shape)

@@ -66,7 +66,9 @@ class NativeProduct:
         }[task.layout]
         start = 0
         if task.layout == "row_major" and offset % 4 == 0 and y_pitch % width == 0 and columns >= _ALIGN_TILES * lanes:
-            start = -offset  # all rows of y share their alignment: the second tile starts where stores no longer cross cache lines
+            start = (
+                -offset
+            )  # all rows of y share their alignment: the second tile starts where stores no longer cross cache lines
         tiles = -(-(4 * columns - start) // width)
         group = tiles_per_group(task, self.schedule, self.target, tiles)
         frame = Frame(SLOTS, sum(self._panels().values()) * group * lanes)
@@ -93,5 +95,3 @@ class NativeProduct:
             Arg.Y_PANEL: m if staged and not self.kernel.scatters else 0,
             Arg.PARTIAL: m if self.kernel.plan.segments > 1 else 0,
         }
-
-

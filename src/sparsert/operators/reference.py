@@ -40,7 +40,9 @@ class ReferenceProduct:
         with np.errstate(all="ignore"):
             start = 0
             while start < pattern.rows:
-                stop = max(start + 1, int(np.searchsorted(pattern.indptr, pattern.indptr[start] + _CHUNK // n, "right")) - 1)
+                stop = max(
+                    start + 1, int(np.searchsorted(pattern.indptr, pattern.indptr[start] + _CHUNK // n, "right")) - 1
+                )
                 stop = min(stop, pattern.rows)
                 total = self._rows(values, x, start, stop)
                 if self.bias is not None:

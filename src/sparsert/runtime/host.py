@@ -26,7 +26,11 @@ def cpu_features() -> frozenset[str]:
 
 def on_linux_x86() -> bool:
     """Whether generated code can execute here at all."""
-    return sys.platform.startswith("linux") and platform.machine() in ("x86_64", "AMD64") and ctypes.sizeof(ctypes.c_void_p) == 8
+    return (
+        sys.platform.startswith("linux")
+        and platform.machine() in ("x86_64", "AMD64")
+        and ctypes.sizeof(ctypes.c_void_p) == 8
+    )
 
 
 def unavailable(name: str) -> str | None:

@@ -119,6 +119,8 @@ def aligned_empty(count: int, dtype: Any = np.float32, alignment: int = 64) -> N
     try:
         raw = np.empty(count * item + alignment, np.uint8)
     except (MemoryError, ValueError) as error:
-        raise ValueRangeError(f"a buffer of {count} elements cannot be allocated: {error}", hint="Use smaller inputs.") from error
+        raise ValueRangeError(
+            f"a buffer of {count} elements cannot be allocated: {error}", hint="Use smaller inputs."
+        ) from error
     start = -raw.__array_interface__["data"][0] % alignment
     return raw[start : start + count * item].view(dtype)

@@ -7,13 +7,17 @@ from .schedule import Schedule, most_rows
 from .task import Task
 
 # What the rules below were read off (Zen 4, the layers of MobileNetV1 and BERT, uniform patterns of 80 to 98 %).
-_DIRECT_COLUMNS = 48  # so many input rows are read in place: their cache lines survive from tile to tile, whatever their alignment
+_DIRECT_COLUMNS = (
+    48  # so many input rows are read in place: their cache lines survive from tile to tile, whatever their alignment
+)
 _PACKING_TAPS = 6  # packing a row of x pays from so many uses on
 _SEGMENT = 1024  # input rows per segment: its part of x stays in L2 and a block's code near L1
 _SEGMENT_TAPS = 2000  # ... if that leaves a block enough work to amortise carrying the sums
 _LOAD_BOUND = 0.06  # below this density loading x costs more than the multiply-adds: keep its tile in L1
 _CLUSTER = 0.035  # and below this one, it pays to group rows that share columns
-_ROW_TILES = 8  # tiles that go together where rows are far apart: whole stretches of a row come from, and go to, memory at once
+_ROW_TILES = (
+    8  # tiles that go together where rows are far apart: whole stretches of a row come from, and go to, memory at once
+)
 _PREFETCH_CODE = 4  # times L1: code that comes from further away than L2 sooner or later
 _MOST_CLUSTERED = 4096  # rows: grouping takes about 15 us a row
 
@@ -40,7 +44,14 @@ def choose(task: Task, target: Target, spare: int) -> Schedule:
     if code <= target.l1i or load_bound:
         tiles = 1 if task.layout == "tile_major" else _ROW_TILES
     clustered = pattern.density <= _CLUSTER and rows < pattern.rows <= _MOST_CLUSTERED
-    return Schedule(rows, k_segment, tiles, packed, "overlap" if clustered else "natural", not tiles and code > _PREFETCH_CODE * target.l1i)
+    return Schedule(
+        rows,
+        k_segment,
+        tiles,
+        packed,
+        "overlap" if clustered else "natural",
+        not tiles and code > _PREFETCH_CODE * target.l1i,
+    )
 
 
 def tiles_per_group(task: Task, schedule: Schedule, target: Target, tiles: int) -> int:
@@ -59,11 +70,17 @@ def reason(task: Task, target: Target, schedule: Schedule) -> str:
     words = [f"{schedule.rows} accumulators leave registers for input, weights and epilogue"]
     if schedule.tiles:
         few = "each tile" if schedule.tiles == 1 else f"{schedule.tiles} tiles at a time"
-        words.append(f"about {kib:.0f} KiB of code stay in the instruction cache, or x in the data cache, so all code passes over {few}")
+        words.append(
+            f"about {kib:.0f} KiB of code stay in the instruction cache, or x in the data cache, so all code passes over {few}"
+        )
     else:
-        words.append(f"about {kib:.0f} KiB of code exceed the instruction cache, so all tiles pass over each block of it")
+        words.append(
+            f"about {kib:.0f} KiB of code exceed the instruction cache, so all tiles pass over each block of it"
+        )
     if schedule.packed:
-        words.append(f"each row of x is used {pattern.nnz / max(1, pattern.cols):.0f} times a tile, which pays for packing it")
+        words.append(
+            f"each row of x is used {pattern.nnz / max(1, pattern.cols):.0f} times a tile, which pays for packing it"
+        )
     elif task.layout == "row_major":
         words.append("x is read in place: packing would cost more than it saves")
     if schedule.k_segment:

@@ -36,7 +36,9 @@ class Schedule:
         for name in ("rows", "k_segment", "tiles"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < (name == "rows"):
-                raise ScheduleError(f"{name}={value!r} is not a {'positive' if name == 'rows' else 'non-negative'} integer", where=name)
+                raise ScheduleError(
+                    f"{name}={value!r} is not a {'positive' if name == 'rows' else 'non-negative'} integer", where=name
+                )
 
     def check(self, target: Target, spare: int) -> None:
         """Refuse more rows than the register file holds beside ``spare`` registers of the kernel's own.

@@ -185,7 +185,9 @@ def from_csr(data: Any, indices: Any, indptr: Any, shape: Any, where: str = "wei
         raise FormatError("CSR indices and indptr are integers", where=where)
     columns, offsets = columns.astype(np.int64), offsets.reshape(-1).astype(np.int64)
     if offsets.size != rows + 1 or offsets[0] != 0 or np.any(np.diff(offsets) < 0) or offsets[-1] != columns.size:
-        raise FormatError(f"indptr is not a rising offset table of {rows + 1} entries from 0 to {columns.size}", where=where)
+        raise FormatError(
+            f"indptr is not a rising offset table of {rows + 1} entries from 0 to {columns.size}", where=where
+        )
     if values.size != columns.size:
         raise FormatError(f"{values.size} values for {columns.size} column indices", where=where)
     if columns.size and (columns.min() < 0 or columns.max() >= cols):
@@ -237,7 +239,9 @@ def require_finite(values: NDArray[np.float32], where: str) -> None:
 
 def _as_float32(array: NDArray[Any], where: str) -> NDArray[np.float32]:
     if array.dtype.kind != "f":
-        raise DTypeError(f"weights are floating point, not {array.dtype}", where=where, hint="Convert with .astype('float32').")
+        raise DTypeError(
+            f"weights are floating point, not {array.dtype}", where=where, hint="Convert with .astype('float32')."
+        )
     with np.errstate(over="ignore"):
         return array.astype(np.float32, copy=False)
 

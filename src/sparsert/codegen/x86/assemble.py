@@ -45,7 +45,24 @@ def listing(program: Program, isa: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-_GENERAL = "rax rcx rdx rbx rsp rbp rsi rdi r8 r9 r10 r11 r12 r13 r14 r15".split()
+_GENERAL = [
+    "rax",
+    "rcx",
+    "rdx",
+    "rbx",
+    "rsp",
+    "rbp",
+    "rsi",
+    "rdi",
+    "r8",
+    "r9",
+    "r10",
+    "r11",
+    "r12",
+    "r13",
+    "r14",
+    "r15",
+]
 _WIDTH = ("xmm", "ymm", "zmm")
 
 
@@ -69,7 +86,7 @@ def instruction_text(name: str, enc: int, c: dict[str, int], bcast: bool = False
         if c.get("disp"):
             text += f"{'+' if c['disp'] > 0 else '-'}{abs(c['disp']):#x}"
         broadcast = f"{{1to{4 << length}}}" if bcast else ""
-        size = ("dword" if bcast or row.tuple == Tuple.T1S else "xmmword" if kind == "4" or length == 0 and kind in "xq"
+        size = ("dword" if bcast or row.tuple == Tuple.T1S else "xmmword" if kind == "4" or (length == 0 and kind in "xq")
                 else ("", "ymmword", "zmmword")[length])  # fmt: skip
         size = "qword" if enc == LEGACY else size
         prefix = "" if name in ("lea", "prefetcht1") else f"{size} ptr "

@@ -113,14 +113,18 @@ def _encode(batch: Batch) -> tuple[Words, Words | None, Ints | int]:
         value = _wide(f["imm"]) << (4 if "s" in row.operands else 0)
         imm = 0 if "b" in row.operands else value & (1 << 8 * row.imm) - 1
         tail, size = tail | imm << size * 8, size + row.imm
-        if (size if isinstance(size, int) else size.max()) > 8 or mem and np.any(np.asarray(f["base"]) == RIP):
-            raise InternalError(f"{NAMES[batch.row]}: more than eight bytes behind ModRM, or an immediate behind a RIP operand")
+        if (size if isinstance(size, int) else size.max()) > 8 or (mem and np.any(np.asarray(f["base"]) == RIP)):
+            raise InternalError(
+                f"{NAMES[batch.row]}: more than eight bytes behind ModRM, or an immediate behind a RIP operand"
+            )
     if kind == "E":
         vector = batch.encoding - EVEX128 if row.fixed_length < 0 else row.fixed_length
         fixed = (0x62 | 0x6000 | row.map << 8 | (row.w << 7 | 4 | row.prefix) << 16
                  | (vector << 5 | int(batch.bcast) << 4) << 24 | row.opcode << 32)  # fmt: skip
         head: Ints | int = _EVEX_REG[reg] | _EVEX_VVVV[vvvv]
-        head = head | ((modrm << 40 | fixed) ^ (x << 14 | b << 13) | _wide(f.get("zero", 0)) << 31 | _wide(f.get("mask", 0)) << 24)
+        head = head | (
+            (modrm << 40 | fixed) ^ (x << 14 | b << 13) | _wide(f.get("zero", 0)) << 31 | _wide(f.get("mask", 0)) << 24
+        )
         at: Ints | int = 6
         return _join(head, at, tail, size, n)
     reg, vvvv = _wide(reg), _wide(vvvv)
@@ -169,10 +173,14 @@ def _displacement_unit(row: Row, encoding: int, bcast: bool) -> int:
     if encoding < EVEX128:
         return 1
     vector = 16 << (encoding - EVEX128 if row.fixed_length < 0 else row.fixed_length)
-    return {Tuple.FULL: 4 if bcast else vector, Tuple.FULLMEM: vector, Tuple.T1S: 4, Tuple.T4: 16, Tuple.NONE: 1}[row.tuple]
+    return {Tuple.FULL: 4 if bcast else vector, Tuple.FULLMEM: vector, Tuple.T1S: 4, Tuple.T4: 16, Tuple.NONE: 1}[
+        row.tuple
+    ]
 
 
-def _memory_operand(f: dict[str, Field], unit: int, n: int) -> tuple[Ints | int, Ints | int, Ints | int, Ints | int, Ints | int]:
+def _memory_operand(
+    f: dict[str, Field], unit: int, n: int
+) -> tuple[Ints | int, Ints | int, Ints | int, Ints | int, Ints | int]:
     """ModRM without reg, the bytes behind it as a word, their number, and the extension bits X and B."""
     base, index, disp = _wide(f["base"]), _wide(f.get("index", -1)), _wide(f.get("disp", 0))
     simple = isinstance(base, int) and base < RIP and base & 7 not in (4, 5) and isinstance(index, int) and index < 0
@@ -192,7 +200,11 @@ def _memory_operand(f: dict[str, Field], unit: int, n: int) -> tuple[Ints | int,
         raise InternalError("a displacement does not fit 32 bits")
     none = rest == 0
     modrm, size = np.full(n, 0x40 | base & 7), np.ones(n, np.int64)
-    modrm[odd], scaled[odd], size[odd] = np.where(none, base & 7, 0x80 | base & 7), rest & 0xFFFFFFFF, np.where(none, 0, 4)
+    modrm[odd], scaled[odd], size[odd] = (
+        np.where(none, base & 7, 0x80 | base & 7),
+        rest & 0xFFFFFFFF,
+        np.where(none, 0, 4),
+    )
     return modrm, scaled, size, 0, base >> 3 & 1
 
 
@@ -214,7 +226,9 @@ def _memory_operand_general(f: dict[str, Field], unit: int, n: int) -> tuple[Int
     return modrm, tail, length + sib, np.where(indexed, index >> 3, 0), np.where(rip, 0, base >> 3)
 
 
-def _join(head: Ints | int, at: Ints | int, tail: Ints | int, size: Ints | int, n: int) -> tuple[Words, Words | None, Ints | int]:
+def _join(
+    head: Ints | int, at: Ints | int, tail: Ints | int, size: Ints | int, n: int
+) -> tuple[Words, Words | None, Ints | int]:
     """Head and tail bytes as a pair of words, and the total length."""
     length = at + size
     word = head | tail << at * 8
@@ -225,7 +239,16 @@ def _join(head: Ints | int, at: Ints | int, tail: Ints | int, size: Ints | int, 
     return low, (np.zeros(n, np.int64) + tail).view(np.uint64) >> bits, length
 
 
-_NOPS = {1: "90", 2: "6690", 3: "0f1f00", 4: "0f1f4000", 5: "0f1f440000", 6: "660f1f440000", 7: "0f1f8000000000", 8: "0f1f840000000000"}
+_NOPS = {
+    1: "90",
+    2: "6690",
+    3: "0f1f00",
+    4: "0f1f4000",
+    5: "0f1f440000",
+    6: "660f1f440000",
+    7: "0f1f8000000000",
+    8: "0f1f840000000000",
+}
 
 
 def _align(batch: Batch, length: Ints, low: Words, high: Words) -> None:

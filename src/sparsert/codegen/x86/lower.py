@@ -75,7 +75,9 @@ _MODIFIES = np.array([op.name in ("s_add", "s_sub", "s_addi", "s_add_arg", "s_ma
 _GPR_OF = np.array([GPR[s] for s in S], np.int8)
 _SCALAR_OP = np.array([op.scalar for op in OPS])
 _MEMORY, _WRITES = 1, 2
-_KIND = np.array([_MEMORY if "m" in op.form else _WRITES if op.scalar and "d" in op.form else 0 for op in OPS], np.uint8)
+_KIND = np.array(
+    [_MEMORY if "m" in op.form else _WRITES if op.scalar and "d" in op.form else 0 for op in OPS], np.uint8
+)
 
 _Part = tuple[int, int, dict[str, Any]]
 
@@ -160,7 +162,10 @@ class _Rows:
         if constant is None:
             return [Batch(row, enc, place, fields, bcast)]
         number = np.asarray(fields.pop("rm"))
-        in_pool: dict[str, Field] = {"base": GPR[S.CONST], "disp": (-1 - number[constant].astype(np.int64)) * POOL_BYTES}
+        in_pool: dict[str, Field] = {
+            "base": GPR[S.CONST],
+            "disp": (-1 - number[constant].astype(np.int64)) * POOL_BYTES,
+        }
         in_register: dict[str, Field] = {"rm": number[~constant]}
         return [
             Batch(row, enc, place[some], _pick(fields, some) | where)
@@ -213,7 +218,9 @@ class _Addressing:
             window, reach = none if window is None else window[at], none if reach is None else reach[at]
             self._move(pointer, rows[at], written, window, reach)
             modifies = _MODIFIES[op[written]]
-            self._check(pointer, rows, rows[at], (window != 0) | (reach != 0), labels, written[~modifies], written[modifies])
+            self._check(
+                pointer, rows, rows[at], (window != 0) | (reach != 0), labels, written[~modifies], written[modifies]
+            )
 
     def _windows(self, pointer: S, rows: Ints, encoding: int) -> Ints | None:
         """How many bytes the pointer is moved for each row; what is left of the displacement stays."""
@@ -250,7 +257,9 @@ class _Addressing:
         self._moves.append((rows[moved], pointer, delta, hop))
 
     @staticmethod
-    def _check(pointer: S, rows: Ints, turns: Ints, away: NDArray[np.bool_], labels: Ints, fresh: Ints, modified: Ints) -> None:
+    def _check(
+        pointer: S, rows: Ints, turns: Ints, away: NDArray[np.bool_], labels: Ints, fresh: Ints, modified: Ints
+    ) -> None:
         """A pointer that moves may not be used on behind a label, where control can come from elsewhere, nor be added to meanwhile.
 
         ``rows`` use the pointer, and it changes its place at some of them, ``turns``, whether ``away`` or back.
