@@ -11,5 +11,6 @@ from .schedule.schedule import Schedule
 
 __version__ = "0.1.0"
 __all__ = [
-    "Clip", "CompiledLinear", "CompiledMatmul", "Schedule", "SparseRTError", "__version__", "compile_linear", "compile_matmul", "errors", "target",
+    "Clip", "CompiledLinear", "CompiledMatmul", "Schedule", "SparseRTError", "__version__", "compile_linear",
+    "compile_matmul", "errors", "target",
 ]  # fmt: skip

@@ -38,8 +38,9 @@ def compile_matmul(
     """Compile ``y = act(W @ x + b)`` for a sparse W.
 
     Args:
-        weight: (M, K): a dense array (its pattern is ``weight != 0``), a scipy.sparse matrix or a CSR tuple ``(data, indices, indptr,
-            shape)`` (their pattern is what they store, explicit zeros included; duplicates are summed).
+        weight: (M, K): a dense array (its pattern is ``weight != 0``), a scipy.sparse matrix or a CSR tuple
+            ``(data, indices, indptr, shape)`` (their pattern is what they store, explicit zeros included;
+            duplicates are summed).
         bias: (M,) float32.
         activation: None, "relu", "relu6", "silu", "hardswish", "gelu" (erf), "gelu_tanh" or ``sparsert.Clip(lo, hi)``.
         residual: None, or "before" / "after": a residual given at each call is added before or after the activation.
@@ -53,7 +54,8 @@ def compile_matmul(
     Raises:
         ShapeError, DTypeError, FormatError, ValueRangeError, UnsupportedError: what is wrong with an argument.
         TargetUnavailableError: this machine cannot execute ``target``. ScheduleError: ``schedule`` does not fit it.
-        CodeBudgetError: the code would exceed ``max_code_bytes``. ExecutableMemoryError: the system's policy forbids generated code.
+        CodeBudgetError: the code would exceed ``max_code_bytes``.
+        ExecutableMemoryError: the system's policy forbids generated code.
     """
     if layout not in LAYOUTS[:2]:
         raise UnsupportedError(f"unknown layout {layout!r}", where="layout", hint=f"Known: {', '.join(LAYOUTS[:2])}.")
@@ -64,7 +66,8 @@ def compile_matmul(
 
 def compile_linear(
     weight: Any, bias: Any = None, activation: Any = None, *, residual: str | None = None, precision: str = "f32",
-    target: str = "native", threads: int | None = None, schedule: Schedule | None = None, max_code_bytes: int | None = None,
+    target: str = "native", threads: int | None = None, schedule: Schedule | None = None,
+    max_code_bytes: int | None = None,
 ) -> CompiledLinear:  # fmt: skip
     """Compile ``y = act(x @ W.T + b)`` for a sparse W (M, K): x (..., K) to y (..., M), as ``torch.nn.Linear``.
 
@@ -85,8 +88,10 @@ def compile_linear(
     )
 
 
-def compile_listing(weight: Any, bias: Any = None, activation: Any = None, *, residual: str | None = None, target: str = "native",
-                    layout: str = "row_major", schedule: Schedule | None = None) -> str:  # fmt: skip
+def compile_listing(
+    weight: Any, bias: Any = None, activation: Any = None, *, residual: str | None = None, target: str = "native",
+    layout: str = "row_major", schedule: Schedule | None = None,
+) -> str:  # fmt: skip
     """The machine code of a layer as text, for any target and on any machine: nothing is executed."""
     matrix = as_sparse(weight)
     task, _ = _task(matrix, bias, activation, residual, "f32", layout)
@@ -100,8 +105,10 @@ def compile_listing(weight: Any, bias: Any = None, activation: Any = None, *, re
     return listing(kernel.program, found.isa)
 
 
-def _compile(kind: type[_Operator], weight: Any, bias: Any, activation: Any, residual: str | None, precision: str, target: str,
-             threads: int | None, layout: str, schedule: Schedule | None, max_code_bytes: int | None) -> _Operator:  # fmt: skip
+def _compile(
+    kind: type[_Operator], weight: Any, bias: Any, activation: Any, residual: str | None, precision: str, target: str,
+    threads: int | None, layout: str, schedule: Schedule | None, max_code_bytes: int | None,
+) -> _Operator:  # fmt: skip
     started = time.perf_counter()
     permitted = _threads(threads)
     found = host.resolve(target)
@@ -119,8 +126,11 @@ def _compile(kind: type[_Operator], weight: Any, bias: Any, activation: Any, res
         kernel = matmul.generate(task, chosen, found)
         code = assemble(kernel.program, found.isa)
         if len(code.code) > budget:
-            raise CodeBudgetError(f"the code takes {len(code.code)} bytes, {budget} are permitted", where="max_code_bytes",
-                                  hint="Raise the budget, or use target='reference'.")  # fmt: skip
+            raise CodeBudgetError(
+                f"the code takes {len(code.code)} bytes, {budget} are permitted",
+                where="max_code_bytes",
+                hint="Raise the budget, or use target='reference'.",
+            )
         product = NativeProduct(task, chosen, found, kernel, Executable(code.code))
         code_bytes, instructions = len(code.code), code.instructions
         reuse = matrix.pattern.nnz / max(1, kernel.x_loads)
@@ -132,8 +142,9 @@ def _compile(kind: type[_Operator], weight: Any, bias: Any, activation: Any, res
     product.load(matrix.values, b)
     nnz = matrix.pattern.nnz
     value_bytes = 4 * (nnz + (task.pattern.rows if task.bias else 0))
-    stats = Stats(nnz, matrix.pattern.density, code_bytes, value_bytes, (code_bytes + value_bytes) / max(1, nnz) if code_bytes else 0.0,
-                  reuse, instructions, time.perf_counter() - started)  # fmt: skip
+    per_nonzero = (code_bytes + value_bytes) / max(1, nnz) if code_bytes else 0.0
+    seconds = time.perf_counter() - started
+    stats = Stats(nnz, matrix.pattern.density, code_bytes, value_bytes, per_nonzero, reuse, instructions, seconds)
     return kind(Compiled(task, found, product, stats, chosen, reason, permitted, list_code), b)
 
 
@@ -197,9 +208,13 @@ def _budget(given: int | None) -> int:
 
 
 def _hopeful(budget: int, nnz: int) -> int:
-    if nnz * _LEAST_BYTES > budget:
-        raise CodeBudgetError(f"{nnz} nonzeros take at least {nnz * _LEAST_BYTES} bytes of code, {budget} are permitted", where="max_code_bytes",
-                              hint="Raise the budget, split or prune the layer further, or use target='reference'.")  # fmt: skip
+    least = nnz * _LEAST_BYTES
+    if least > budget:
+        raise CodeBudgetError(
+            f"{nnz} nonzeros take at least {least} bytes of code, {budget} are permitted",
+            where="max_code_bytes",
+            hint="Raise the budget, split or prune the layer further, or use target='reference'.",
+        )
     return budget
 
 

@@ -1,4 +1,7 @@
-"""What code is generated for: instruction set, registers, caches. Which of them this machine is: :mod:`sparsert.runtime.host`."""
+"""What code is generated for: instruction set, registers, caches.
+
+Which of them this machine is: :mod:`sparsert.runtime.host`.
+"""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -223,19 +223,21 @@ def _merged(rows: list[Row]) -> Row:
     for candidate in first.candidates:
         same = [other for row in rows for other in row.candidates if other.key == candidate.key]
         if len(same) == len(rows):
-            times = (geometric_mean([getattr(one, name) for one in same]) for name in ("median", "low", "high"))
-            timed.append(Timed(candidate.baseline, candidate.form, candidate.role, *times))
+            timed.append(replace(candidate, repetitions=1, facts={}, **_averages(same)))
     ratios = []
     for ratio in first.ratios:
-        found = [r for row in rows if (r := row.ratio(ratio.of, ratio.over))]
+        found = [other for row in rows if (other := row.ratio(ratio.of, ratio.over))]
         if len(found) == len(rows):
-            values = (geometric_mean([getattr(one, name) for one in found]) for name in ("median", "low", "high"))
-            ratios.append(Ratio(ratio.of, ratio.over, *values))
+            ratios.append(replace(ratio, **_averages(found)))
     return replace(
         first, name=name, nnz=sum(row.nnz for row in rows), candidates=tuple(timed), ratios=tuple(ratios),
         note="; ".join(dict.fromkeys(row.note for row in rows if row.note)),
         dropped=tuple(dict.fromkeys(sentence for row in rows for sentence in row.dropped)),
     )  # fmt: skip
+
+
+def _averages(found: Sequence[Timed | Ratio]) -> dict[str, Any]:
+    return {name: geometric_mean([getattr(one, name) for one in found]) for name in ("median", "low", "high")}
 
 
 def _means(group: str, rows: Iterable[Row]) -> list[Mean]:

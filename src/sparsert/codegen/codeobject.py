@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class CodeObject:
-    """Position-independent machine code followed by its constant pool, which starts at ``constants``; entered at offset 0."""
+    """Position-independent machine code followed by its constant pool, at ``constants``; entered at offset 0."""
 
     isa: str
     code: bytes

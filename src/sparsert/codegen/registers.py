@@ -1,7 +1,7 @@
 """Straight-line element-wise code: recorded as single-assignment values, then given registers.
 
-The recorder offers what activation functions are written in. Assignment is a linear scan; fused multiply-adds overwrite one of their
-operands in every ISA, so the scan picks the operand that dies, and copies one only where none does.
+The recorder offers what activation functions are written in. Assignment is a linear scan; fused multiply-adds overwrite
+one of their operands in every ISA, so the scan picks the operand that dies, and copies one only where none does.
 """
 
 from __future__ import annotations
@@ -113,9 +113,10 @@ class Recorder:
 
 @dataclass(frozen=True)
 class Template:
-    """Rows (op, d, a, b, immediate) for one accumulator, its registers numbered from 0 or ``ACCUMULATOR``; constants negative.
+    """Rows (op, d, a, b, immediate) for one accumulator.
 
-    ``preload`` are constants held in registers throughout: (register, constant row).
+    Registers are numbered from 0, or are ``ACCUMULATOR``; constants are negative. ``preload`` are constants held in
+    registers throughout: (register, constant row).
     """
 
     rows: tuple[tuple[str, int, int, int, int], ...]
@@ -236,7 +237,7 @@ class _Assigner:
 def assign(recorder: Recorder, result: Operand, builder: Builder, idle: int) -> Template:
     """Registers for everything ``result`` depends on; its value ends in the accumulator it started from.
 
-    Constants that cannot stay in memory are held in registers as long as all fits ``idle`` registers, and reloaded otherwise.
+    Constants that cannot stay in memory are held in registers as long as all fits ``idle``, and reloaded otherwise.
     """
     if not isinstance(result, Value):
         raise InternalError("an element-wise function must depend on its input")

@@ -56,7 +56,10 @@ PITCH_OF = {S.X: S.PX, S.Y: S.PY}
 
 @dataclass(frozen=True, slots=True)
 class Op:
-    """One operation. ``form`` names the columns in use: ``d``, ``a``, ``b`` registers, ``m`` memory, ``i`` immediate or label."""
+    """One operation and its ``form``, the columns in use.
+
+    ``d``, ``a`` and ``b`` are registers, ``m`` is memory, ``i`` an immediate or a label.
+    """
 
     name: str
     form: str
@@ -75,10 +78,10 @@ def _table() -> tuple[Op, ...]:
         "set_mask": "dm", "load_mask": "dm", "store_mask": "am", "prefetch": "m",
     }  # fmt: skip
     scalar = {
-        "s_arg": "di", "s_put": "ai", "s_mov": "da", "s_add": "da", "s_sub": "da", "s_addi": "di",
-        "s_set": "di", "s_muli": "dai", "s_add_arg": "di", "s_max_arg": "di", "s_min_arg": "di", "s_const": "d", "s_code": "di",
-        "label": "i", "align": "i", "jump": "i", "jump_zero": "ai", "loop": "ai", "call": "i", "ret": "",
-        "enter": "", "leave": "",
+            "s_arg": "di", "s_put": "ai", "s_mov": "da", "s_add": "da", "s_sub": "da", "s_addi": "di", "s_set": "di",
+            "s_muli": "dai", "s_add_arg": "di", "s_max_arg": "di", "s_min_arg": "di", "s_const": "d", "s_code": "di",
+            "label": "i", "align": "i", "jump": "i", "jump_zero": "ai", "loop": "ai", "call": "i", "ret": "",
+            "enter": "", "leave": "",
     }  # fmt: skip
     return tuple([Op(n, f) for n, f in vector.items()] + [Op(n, f, True) for n, f in scalar.items()])
 
@@ -102,7 +105,7 @@ Columns = dict[str, NDArray[Any]]
 
 @dataclass
 class Program:
-    """A finished program: its columns, its constants (raw 32-bit patterns, one vector each) and where to look for what."""
+    """A finished program: columns, constants (raw 32-bit patterns, one vector each) and where to look for what."""
 
     columns: Columns
     constants: tuple[int, ...]
@@ -134,7 +137,7 @@ class Builder:
     def emit_many(
         self, op: Any, n: int, d: Any = 0, a: Any = 0, b: Any = 0, ptr: Any = 0, step: Any = 0, disp: Any = 0
     ) -> None:
-        """``n`` rows at once; every argument is a scalar or an array of ``n``. ``op`` is a name or an array of numbers."""
+        """``n`` rows at once; every argument is a scalar or an array of ``n``, ``op`` a name or an array of numbers."""
         self._runs.append((self._size, n, OP[op] if isinstance(op, str) else op, d, a, b, ptr, step, disp))
         self._size += n
 

@@ -1,7 +1,8 @@
 """The heart of the one kernel: the block's taps in the order of their displacement.
 
-An input vector is loaded once per distinct displacement of a block and serves every tap there; a tap is one fused multiply-add whose
-weight is broadcast from memory. The code holds the pattern; values are data behind pointer W (design note 0005).
+An input vector is loaded once per distinct displacement of a block and serves every tap there; a tap is one fused
+multiply-add whose weight is broadcast from memory. The code holds the pattern; values are data behind pointer W
+(design note 0005).
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ class Body:
 def accumulate(taps: Taps, p: Plan, schedule: Schedule, target: Target, tiled: bool) -> Body:
     """Loads and multiply-adds of every block at once: array operations only, whatever the number of nonzeros.
 
-    With ``schedule.prefetch``, taps touch the code and the values that follow line by line: four tiles cover a block of equal size.
+    With ``schedule.prefetch``, taps touch the code and the values that follow line by line: four tiles cover a block
+    of equal size.
     """
     broadcast = 0 if target.embedded_broadcast else 1
     n = p.taps.size

@@ -1,4 +1,4 @@
-"""A register block as code: start the accumulators, walk its taps, run the epilogue, store; for every tile of the group."""
+"""A register block as code: start accumulators, walk its taps, run the epilogue, store; for every tile of the group."""
 
 from __future__ import annotations
 
@@ -49,10 +49,8 @@ class Blocks:
     def _block(self, b: Builder, cell: int, block: int, first: bool, last: bool, following: int) -> None:
         """One block of one segment; ``following`` labels the code behind it."""
         task, p, c = self.task, self.plan, self.body
-        span, body = (
-            slice(int(p.blocks[block]), int(p.blocks[block + 1])),
-            slice(int(c.cuts[cell]), int(c.cuts[cell + 1])),
-        )
+        span = slice(int(p.blocks[block]), int(p.blocks[block + 1]))
+        body = slice(int(c.cuts[cell]), int(c.cuts[cell + 1]))
         rows = p.order[span]
         n = rows.size
         accumulators = np.arange(n)
@@ -61,9 +59,9 @@ class Blocks:
         cursors = (
             [x] + ([y] if last else []) + ([r] if last and task.residual else []) + ([] if first and last else [sums])
         )
-        top = b.label(
-            f"rows {', '.join(map(str, rows[:4].tolist()))}{' ...' if n > 4 else ''}{f', segment {cell // (p.blocks.size - 1)}' if p.segments > 1 else ''}"
-        )
+        shown = ", ".join(map(str, rows[:4].tolist())) + (" ..." if n > 4 else "")
+        segment = f", segment {cell // (p.blocks.size - 1)}" if p.segments > 1 else ""
+        top = b.label(f"rows {shown}{segment}")
         self._run_ahead(b, cell, following)
         for cursor in cursors:
             cursor.rewind(b)
@@ -143,7 +141,7 @@ class Blocks:
         return x, y, r, partial
 
     def _by_rows(self, b: Builder, cursor: Cursor, pitch: Arg, rows: NDArray[np.int64]) -> dict[str, Any]:
-        """Point Y at the tile of an array with one row per output and say where each accumulator's vector lies in it."""
+        """Point Y at the tile of an array with one row per output; say where each accumulator's vector lies in it."""
         cursor.point(b, S.Y)
         if self.task.layout != "row_major":
             return {"ptr": S.Y, "step": 0, "disp": rows * self.target.tile_bytes}

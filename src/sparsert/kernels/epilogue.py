@@ -16,7 +16,7 @@ INPUT_REGISTERS = 2  # vectors of x in flight: renaming makes more pointless
 
 
 def inner_registers(target: Target) -> int:
-    """Registers beside the accumulators that the multiply-adds take: inputs, and a weight where it cannot be broadcast by itself."""
+    """Registers that multiply-adds take beside the accumulators: inputs, and a weight where it is loaded on its own."""
     return INPUT_REGISTERS + (0 if target.embedded_broadcast else 1)
 
 
@@ -63,5 +63,7 @@ def apply(b: Builder, code: Template, accumulators: int, place: dict[str, Any]) 
     memory = {key: np.where(at_load, np.repeat(np.broadcast_to(value, n), length), 0) for key, value in place.items()}
     immediate = np.tile(np.array([row[4] for row in code.rows]), n)
     memory["disp"] = memory.get("disp", 0) + immediate
-    b.emit_many(ops, n * length, spread([r[1] for r in code.rows]), spread([r[2] for r in code.rows]), spread([r[3] for r in code.rows]),
-                **memory)  # fmt: skip
+    b.emit_many(
+        ops, n * length, spread([r[1] for r in code.rows]), spread([r[2] for r in code.rows]),
+        spread([r[3] for r in code.rows]), **memory,
+    )  # fmt: skip

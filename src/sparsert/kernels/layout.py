@@ -1,4 +1,4 @@
-"""Copies between the caller's row-major arrays and tile-major panels: loops over run-time extents, no pattern in them."""
+"""Copies between the caller's row-major arrays and tile-major panels: loops over run-time extents, no pattern."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ def load_multiples(b: Builder, pitch: Arg) -> None:
 
 @dataclass(frozen=True)
 class Cursor:
-    """Where the current tile of an array lies: an offset kept in slot ``at``, held between 0 and slot ``last``, behind slot ``base``."""
+    """Where the current tile of an array lies.
+
+    An offset is kept in slot ``at``, held between 0 and slot ``last``, behind slot ``base``.
+    """
 
     at: Arg
     base: Arg
@@ -63,7 +66,8 @@ TRANSPOSED_R = Cursor(Arg.RT, Arg.R, Arg.R_NEXT, Arg.R_TILE, Arg.R_LAST)
 def pack_rows(b: Builder, target: Target, extent: int) -> None:
     """PANEL[t][k][:] = x[k, columns of tile t] for the tiles of this group.
 
-    Strips of eight rows walk along their columns, so that every load moves by a tile and the hardware prefetcher sees eight streams.
+    Strips of eight rows walk along their columns, so that every load moves by a tile and the hardware prefetcher sees
+    eight streams.
     """
     load_multiples(b, Arg.X_PITCH)
     cursor = Cursor(Arg.XT, Arg.X, Arg.X_NEXT, target.tile_bytes, Arg.X_LAST)
@@ -101,7 +105,7 @@ def _pack_strip(b: Builder, target: Target, cursor: Cursor, extent: int, rows: i
 
 
 def pack_transposed(b: Builder, target: Target, extent: int, cursor: Cursor, pitch: Arg, panel: Arg) -> None:
-    """panel[t][k][i] = x[lanes * t + i, k]: 4x4 transpositions; where ``extent`` is no multiple of 4 the last four overlap."""
+    """panel[t][k][i] = x[lanes * t + i, k] by 4x4 transpositions; unless 4 divides ``extent`` the last four overlap."""
     _transposed(b, target, extent, cursor, pitch, panel, _gather)
 
 
@@ -144,7 +148,8 @@ def _transposed(
     b.emit("loop", a=S.T, disp=top)
 
 
-# (operation, d, a, b): registers 0 to 3 hold rows of 4x4 blocks, one block per 128 bits, and receive their transposes; 4 to 7 are temporary.
+# (operation, d, a, b): registers 0 to 3 hold rows of 4x4 blocks, one block per 128 bits, and receive their transposes;
+# 4 to 7 are temporary.
 _TRANSPOSE = (
     ("zip_lo", 4, 0, 1), ("zip_hi", 5, 0, 1), ("zip_lo", 6, 2, 3), ("zip_hi", 7, 2, 3),
     ("zip2_lo", 0, 4, 6), ("zip2_hi", 1, 4, 6), ("zip2_lo", 2, 5, 7), ("zip2_hi", 3, 5, 7),
@@ -158,7 +163,10 @@ def _transpose4(b: Builder) -> None:
 
 
 def scatter(b: Builder, target: Target, rows: int) -> None:
-    """Accumulators 0 to ``rows`` - 1, a multiple of four, to consecutive elements of the tile's rows at X (whose pitch has its multiples)."""
+    """Accumulators 0 to ``rows`` - 1 to consecutive elements of the tile's rows at X.
+
+    ``rows`` is a multiple of four, and the multiples of X's pitch are loaded.
+    """
     groups = np.arange(0, rows, 4)
 
     def spread(*registers: int) -> NDArray[np.int64]:

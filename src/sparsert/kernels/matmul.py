@@ -45,7 +45,7 @@ class Kernel:
 
 
 def spare(task: Task, target: Target) -> int:
-    """Vector registers an accumulator may not take: those of the inner loop or of the epilogue, whichever needs more."""
+    """Vector registers no accumulator may take: those of the inner loop or of the epilogue, whichever needs more."""
     code = epilogue.template(task, target, Builder())
     transposing = layout.TRANSPOSE_REGISTERS if _scatters(task) else 0
     return max(epilogue.inner_registers(target), code.registers if code else 0, transposing)

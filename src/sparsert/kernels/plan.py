@@ -21,8 +21,10 @@ class Plan:
     Attributes:
         blocks: (blocks + 1,) offsets into ``order``; ``order``: the output row each position stands for.
         cuts: (segments * blocks + 1,) offsets into the tap arrays.
-        taps: (n,) tap executed at each place; ``accumulator``: its row within the block; ``fresh``: it needs a new vector of x.
-        value_slot: (n,) where each tap's values lie in the packed array, in 32-bit slots (one float32, two bfloat16 or four int8); ``bias_slot``: (rows,) by position.
+        taps: (n,) tap executed at each place; ``accumulator``: its row within the block; ``fresh``: it needs a new
+            vector of x.
+        value_slot: (n,) where each tap's values lie in the packed array, in 32-bit slots (one float32, two bfloat16 or
+            four int8); ``bias_slot``: (rows,) by position.
     """
 
     blocks: NDArray[np.int64]
@@ -73,7 +75,10 @@ def plan(taps: Taps, extent: int, order: NDArray[np.int64], schedule: Schedule, 
 
 
 def _lexsort(*keys: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The stable permutation that sorts by the last key, then the one before, ...; short words, which NumPy sorts by radix, where they do."""
+    """The stable permutation that sorts by the last key, then the one before, and so on.
+
+    Keys that fit are narrowed to short words, which NumPy sorts by radix.
+    """
     order: NDArray[np.int64] | None = None
     for key in keys:
         short = key.astype(np.uint16) if key.size and key.max() < _SHORT else key

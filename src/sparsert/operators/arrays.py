@@ -1,4 +1,4 @@
-"""The arrays of a call: accepted without a copy where strides allow, refused with a sentence where they cannot be meant."""
+"""The arrays of a call: uncopied where strides allow, refused with a sentence where they cannot be meant."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``CompiledMatmul`` and ``CompiledLinear``: what :func:`sparsert.compile_matmul` and :func:`sparsert.compile_linear` return."""
+"""``CompiledMatmul`` and ``CompiledLinear``: what ``compile_matmul`` and ``compile_linear`` return."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Product(Protocol):
 class Stats:
     """Facts about a compiled operator.
 
-    ``bytes_per_nonzero`` counts code and values; ``fmas_per_load`` is how many multiply-adds use each loaded vector of x.
+    ``bytes_per_nonzero`` counts code and values, ``fmas_per_load`` the multiply-adds that use each loaded vector of x.
     ``code_bytes`` and what derives from it are 0 on the reference target.
     """
 
@@ -64,7 +64,8 @@ class _Operator:
         self._compiled = compiled
         self._bias = bias
         self._pattern = compiled.task.pattern
-        # Shapes and strides of (x, out) that passed all checks and need no copies -> columns; checking again would take a microsecond.
+        # Shapes and strides of (x, out) that passed all checks and need no copies -> columns.
+        # Checking again would take a microsecond.
         self._passed: dict[tuple[tuple[int, ...], ...], int] = {}
 
     @property
@@ -119,15 +120,18 @@ class _Operator:
         tail = "".join((" + bias" if t.bias else "", " + residual" if t.residual == "before" else "",
                         f" > {t.activation}{t.parameters or ''}" if t.activation else "",
                         " + residual" if t.residual == "after" else ""))  # fmt: skip
+        sparse = f"{100 * (1 - p.density):.1f} % sparse"
+        per_row = f"{p.row_min}..{p.row_max} per row, {p.empty_rows} empty rows"
         lines = [
             f"{p.rows}x{p.cols} sparse product{tail}, x {t.layout}, target {c.target.name}",
-            f"pattern   {p.nnz} nonzeros ({100 * (1 - p.density):.1f} % sparse), {p.row_min}..{p.row_max} per row, {p.empty_rows} empty rows",
+            f"pattern   {p.nnz} nonzeros ({sparse}), {per_row}",
         ]
         if c.schedule is not None:
+            size = f"with values {s.bytes_per_nonzero:.1f} bytes per nonzero"
             lines += [
                 f"schedule  {c.schedule}",
                 f"because   {c.reason}",
-                f"code      {s.code_bytes} bytes, {s.instructions} instructions; with values {s.bytes_per_nonzero:.1f} bytes per nonzero",
+                f"code      {s.code_bytes} bytes, {s.instructions} instructions; {size}",
                 f"reuse     {s.fmas_per_load:.2f} multiply-adds per loaded vector of x",
             ]
         lines.append(f"compiled  in {1e3 * s.compile_seconds:.1f} ms; runs on 1 of {c.threads} permitted threads")
@@ -158,8 +162,11 @@ class _Operator:
         compiled_so = self._compiled.task.residual
         if (residual is None) != (compiled_so is None):
             problem = "is missing" if residual is None else "was given"
-            raise UnsupportedError(f"a residual {problem}, but the operator was compiled with residual={compiled_so!r}", where="residual",
-                                   hint="Compile with residual='before' or 'after' to add one.")  # fmt: skip
+            raise UnsupportedError(
+                f"a residual {problem}, but the operator was compiled with residual={compiled_so!r}",
+                where="residual",
+                hint="Compile with residual='before' or 'after' to add one.",
+            )
         if residual is None:
             return None
         array = as_input(residual, "residual")
@@ -203,9 +210,10 @@ class CompiledMatmul(_Operator):
         """Compute the product.
 
         Args:
-            x: float32 (K, N), any N and any strides; rows whose elements lie back to back are read in place. Tile-major operators take
-                (T, K, tile), C-contiguous: column ``tile * t + i`` of row ``k`` at ``[t, k, i]``.
-            out: float32 (M, N), or (T, M, tile), written and returned; a new array if None. It may be ``residual`` itself, not overlap x.
+            x: float32 (K, N), any N and any strides; rows whose elements lie back to back are read in place. Tile-major
+                operators take (T, K, tile), C-contiguous: column ``tile * t + i`` of row ``k`` at ``[t, k, i]``.
+            out: float32 (M, N), or (T, M, tile), written and returned; a new array if None. It may be ``residual``
+                itself, but not overlap x.
             residual: float32 like ``out``, exactly if compiled with ``residual=``.
 
         Raises:

@@ -35,8 +35,11 @@ class NativeProduct:
         self._values = packed, address_of(packed)
 
     def run(self, x: Array, y: Array, r: Array | None, columns: int) -> None:
-        """One call. ``columns``, at least the target's lanes, of row-major or transposed arrays whose innermost stride is one element, or
-        whole tiles."""
+        """One call.
+
+        ``columns``, at least the target's lanes, of row-major or transposed arrays whose innermost stride is one
+        element, or whole tiles.
+        """
         xa, ya, ra = address_of(x), address_of(y), 0 if r is None else address_of(r)
         # A residual that is y itself must be read before its element is written: no tile may overlap another then.
         offset = 0 if ra == ya else ya % self.target.tile_bytes

@@ -1,1 +1,1 @@
-"""Executing code objects: executable memory, aligned buffers, and the call. Knows nothing of kernels, passes or frontends."""
+"""Executing code objects: executable memory, aligned buffers, the call. Knows no kernels, passes or frontends."""

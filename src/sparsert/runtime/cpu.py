@@ -49,8 +49,9 @@ def _fast_address(array: NDArray[Any]) -> int:
     return _pointer(id(array) + _HEAD).value or 0
 
 
-# NumPy builds a dictionary to tell an address, which takes longer than a small product. Its C interface (``PyArray_DATA``, inlined into
-# every extension module) has the pointer right behind the object header; where that is not so, the dictionary it is.
+# NumPy builds a dictionary to tell an address, which takes longer than a small product. Its C interface
+# (``PyArray_DATA``, inlined into every extension module) has the pointer right behind the object header; where that is
+# not so, the dictionary it is.
 _pointer, _HEAD = ctypes.c_void_p.from_address, object.__basicsize__
 
 

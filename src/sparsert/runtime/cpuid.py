@@ -10,7 +10,7 @@ import ctypes
 
 from .memory import ExecutableMemory
 
-# mov eax, edi; mov ecx, esi; push rbx; cpuid; then eax, ebx, ecx, edx to [r8]; pop rbx; ret   (rdx is the result pointer)
+# mov eax, edi; mov ecx, esi; push rbx; cpuid; eax, ebx, ecx, edx to [r8]; pop rbx; ret   (rdx is the result pointer)
 _CPUID = bytes.fromhex("f30f1efa 89f8 89f1 4989d0 53 0fa2 418900 41895804 41894808 4189500c 5b c3")
 # xor ecx, ecx; xgetbv; ret
 _XGETBV = bytes.fromhex("f30f1efa 31c9 0f01d0 c3")
@@ -18,10 +18,11 @@ _XGETBV = bytes.fromhex("f30f1efa 31c9 0f01d0 c3")
 _AVX_STATE, _AVX512_STATE = 0x6, 0xE6
 # feature -> leaf, register (eax ebx ecx edx), bit, state it needs
 _BITS = {
-    "sse4.2": (1, 2, 20, 0), "fma": (1, 2, 12, _AVX_STATE), "avx": (1, 2, 28, _AVX_STATE), "f16c": (1, 2, 29, _AVX_STATE),
-    "avx2": (7, 1, 5, _AVX_STATE), "avx512f": (7, 1, 16, _AVX512_STATE), "avx512dq": (7, 1, 17, _AVX512_STATE),
-    "avx512bw": (7, 1, 30, _AVX512_STATE), "avx512vl": (7, 1, 31, _AVX512_STATE), "avx512vnni": (7, 2, 11, _AVX512_STATE),
-    "avx512vbmi": (7, 2, 1, _AVX512_STATE),
+    "sse4.2": (1, 2, 20, 0), "fma": (1, 2, 12, _AVX_STATE), "avx": (1, 2, 28, _AVX_STATE),
+    "f16c": (1, 2, 29, _AVX_STATE), "avx2": (7, 1, 5, _AVX_STATE),
+    "avx512f": (7, 1, 16, _AVX512_STATE), "avx512dq": (7, 1, 17, _AVX512_STATE),
+    "avx512bw": (7, 1, 30, _AVX512_STATE), "avx512vl": (7, 1, 31, _AVX512_STATE),
+    "avx512vnni": (7, 2, 11, _AVX512_STATE), "avx512vbmi": (7, 2, 1, _AVX512_STATE),
 }  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from . import cpuid
 
 @cache
 def cpu_features() -> frozenset[str]:
-    """Features of this CPU that the operating system has enabled, from CPUID and XCR0; empty where that is not x86-64."""
+    """Features of this CPU that the operating system has enabled, from CPUID and XCR0; empty if it is not x86-64."""
     if not on_linux_x86():
         return frozenset()
     return cpuid.features()
@@ -74,8 +74,11 @@ def resolve(name: str) -> Target:
     target = lookup(name)
     reason = unavailable(target.name)
     if reason:
-        raise TargetUnavailableError(reason, where=f"target={name!r}",
-                                     hint="Use target='native' for the best available one, or target='reference' (NumPy).")  # fmt: skip
+        raise TargetUnavailableError(
+            reason,
+            where=f"target={name!r}",
+            hint="Use target='native' for the best available one, or target='reference' (NumPy).",
+        )
     return target
 
 
@@ -134,12 +137,18 @@ def cpu_name() -> str:
 
 
 def host_report() -> dict[str, Any]:
-    """What ``sparsert info`` prints: cpu, features, targets with the reason where one is unavailable, caches, threads."""
+    """What ``sparsert info`` prints: cpu, features, targets with the reason where unavailable, caches, threads."""
     targets = {name: unavailable(name) for name in TARGETS}
     try:
         features = sorted(cpu_features())
     except ExecutableMemoryError:  # CPUID is read by generated code; the targets' reasons say so
         features = []
     native = next((n for n in NATIVE_ORDER if targets[n] is None), None)
-    return {"cpu": cpu_name(), "features": features, "targets": targets, "native": native, "caches": dict(host_caches()),
-            "threads": default_threads()}  # fmt: skip
+    return {
+        "cpu": cpu_name(),
+        "features": features,
+        "targets": targets,
+        "native": native,
+        "caches": dict(host_caches()),
+        "threads": default_threads(),
+    }

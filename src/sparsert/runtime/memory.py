@@ -36,8 +36,8 @@ def _libc() -> Any:
 class ExecutableMemory:
     """A read-and-execute copy of ``code``, unmapped with the object.
 
-    First choice: an anonymous mapping, written, then turned executable. Where policy forbids that (SELinux ``execmem``), the same
-    bytes through a memfd: one writable view, closed before the executable view is opened.
+    First choice: an anonymous mapping, written, then turned executable. Where policy forbids that (SELinux
+    ``execmem``), the same bytes through a memfd: one writable view, closed before the executable view is opened.
 
     Raises:
         ExecutableMemoryError: both ways are refused; the message names the policy.
@@ -54,10 +54,12 @@ class ExecutableMemory:
             try:
                 self.address = self._memfd(code)
             except (OSError, AttributeError) as second:  # no memfd: an old C library
+                reason = getattr(second, "strerror", second)
                 raise ExecutableMemoryError(
-                    f"the system refuses executable memory (mprotect: {first.strerror}; memfd: {getattr(second, 'strerror', second)})",
-                    hint="A policy such as SELinux execmem, PaX MPROTECT, systemd MemoryDenyWriteExecute or a container's seccomp profile "
-                    "forbids generated code. Permit it for this process, or use target='reference'.",
+                    f"the system refuses executable memory (mprotect: {first.strerror}; memfd: {reason})",
+                    hint="A policy such as SELinux execmem, PaX MPROTECT, systemd MemoryDenyWriteExecute or a "
+                    "container's seccomp profile forbids generated code. Permit it for this process, or use "
+                    "target='reference'.",
                 ) from second
         self._finalizer = weakref.finalize(self, _unmap, self.address, self.size)
 

@@ -71,7 +71,8 @@ def reason(task: Task, target: Target, schedule: Schedule) -> str:
     if schedule.tiles:
         few = "each tile" if schedule.tiles == 1 else f"{schedule.tiles} tiles at a time"
         words.append(
-            f"about {kib:.0f} KiB of code stay in the instruction cache, or x in the data cache, so all code passes over {few}"
+            f"about {kib:.0f} KiB of code stay in the instruction cache, or x in the data cache, "
+            f"so all code passes over {few}"
         )
     else:
         words.append(

@@ -16,9 +16,10 @@ class Schedule:
     Attributes:
         rows: output rows per block, each an accumulator register for a tile of columns.
         k_segment: input rows per segment, 0 for all. Accumulators are carried from segment to segment through memory.
-        tiles: column tiles per group, 0 for all. 1 is the *input-stationary* order (a tile of x stays in L1 while all code passes),
-            all is the *code-stationary* order (a block's code stays while all tiles pass).
-        packed: x is copied into tile-major scratch first (row-major layout only; tile-major x needs none, transposed x always does).
+        tiles: column tiles per group, 0 for all. 1 is the *input-stationary* order (a tile of x stays in L1 while all
+            code passes), all is the *code-stationary* order (a block's code stays while all tiles pass).
+        packed: x is copied into tile-major scratch first (row-major layout only; tile-major x needs none, transposed x
+            always does).
         order: how rows are dealt to blocks: a name of :data:`sparsert.sparsity.reorder.ORDERS`.
         prefetch: code of the next block is prefetched into L2 while a block runs.
     """
@@ -48,12 +49,18 @@ class Schedule:
         """
         most = most_rows(target, spare)
         if self.rows > most:
-            raise ScheduleError(f"{self.rows} rows need as many accumulators; {target.name} has room for {most} beside {spare} other "
-                                f"registers", where="rows", hint=f"Use rows <= {most}.")  # fmt: skip
+            raise ScheduleError(
+                f"{self.rows} rows need as many accumulators; {target.name} has room for {most} beside {spare} other "
+                f"registers",
+                where="rows",
+                hint=f"Use rows <= {most}.",
+            )
 
     def __str__(self) -> str:
-        return (f"rows={self.rows} k_segment={self.k_segment or 'all'} tiles={self.tiles or 'all'} "
-                f"x={'packed' if self.packed else 'direct'} order={self.order}{' prefetch' if self.prefetch else ''}")  # fmt: skip
+        return (
+            f"rows={self.rows} k_segment={self.k_segment or 'all'} tiles={self.tiles or 'all'} "
+            f"x={'packed' if self.packed else 'direct'} order={self.order}{' prefetch' if self.prefetch else ''}"
+        )
 
 
 def most_rows(target: Target, spare: int) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ..sparsity.pattern import Pattern
 
 LAYOUTS = ("row_major", "tile_major", "transposed")
-"""x (K, N) to y (M, N); x (T, K, lanes) to y (T, M, lanes), ``lanes`` those of the target; x (N, K) to y (N, M) as ``torch.nn.Linear``."""
+"""x to y: (K, N) to (M, N); (T, K, lanes) to (T, M, lanes) for the target's lanes; (N, K) to (N, M) as in torch."""
 
 
 @dataclass(frozen=True)

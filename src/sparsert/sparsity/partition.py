@@ -7,9 +7,10 @@ from numpy.typing import NDArray
 
 
 def row_blocks(rows: int, limit: int, unit: int = 1) -> NDArray[np.int64]:
-    """Offsets of the fewest blocks of at most ``limit`` rows, as equal as can be: a last block of two rows would starve the FMAs.
+    """Offsets of the fewest blocks of at most ``limit`` rows, as equal as can be.
 
-    With ``unit``, which divides ``rows`` and is at most ``limit``, every block is a multiple of it.
+    A last block of two rows would starve the FMAs. With ``unit``, which divides ``rows`` and is at most ``limit``,
+    every block is a multiple of it.
     """
     units, most = rows // unit, limit // unit
     count = -(-units // most) if units else 0

@@ -32,7 +32,7 @@ class PatternStats(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Pattern:
-    """An immutable CSR pattern without values: ``indptr`` (rows + 1,) int64 and sorted, unique ``indices`` (nnz,) int32."""
+    """An immutable CSR pattern without values: ``indptr`` (rows + 1,) int64, sorted unique ``indices`` (nnz,) int32."""
 
     rows: int
     cols: int
@@ -109,8 +109,11 @@ class Pattern:
         values = np.ascontiguousarray(dense[self.row_of, self.indices])
         outside = int(np.count_nonzero(dense)) - int(np.count_nonzero(values))
         if outside:
-            raise PatternMismatchError(f"{outside} nonzeros lie outside the compiled pattern ({self.nnz} places)",
-                                       where=where, hint="Mask the new weights, or compile a new operator.")  # fmt: skip
+            raise PatternMismatchError(
+                f"{outside} nonzeros lie outside the compiled pattern ({self.nnz} places)",
+                where=where,
+                hint="Mask the new weights, or compile a new operator.",
+            )
         return values
 
 
@@ -219,8 +222,11 @@ def as_dense_weight(weight: Any, where: str) -> NDArray[np.float32]:
     try:
         array = np.asarray(weight)
     except ValueError as error:
-        raise ShapeError(f"this is no matrix: {error}", where=where,
-                         hint="Pass a two-dimensional array, or (data, indices, indptr, shape).") from error  # fmt: skip
+        raise ShapeError(
+            f"this is no matrix: {error}",
+            where=where,
+            hint="Pass a two-dimensional array, or (data, indices, indptr, shape).",
+        ) from error
     if array.ndim != 2:
         raise ShapeError(f"a weight matrix has two dimensions, not {array.ndim}", where=where,
                          hint="Reshape a 1x1 convolution's (O, I, 1, 1) to (O, I).")  # fmt: skip
@@ -233,8 +239,11 @@ def require_finite(values: NDArray[np.float32], where: str) -> None:
     """Raise ValueRangeError where a weight is NaN or infinite."""
     bad = values.size - int(np.count_nonzero(np.isfinite(values)))
     if bad:
-        raise ValueRangeError(f"{bad} of {values.size} values are NaN or infinite in float32", where=where,
-                              hint="Repair the checkpoint: a pruned network cannot run on non-finite weights.")  # fmt: skip
+        raise ValueRangeError(
+            f"{bad} of {values.size} values are NaN or infinite in float32",
+            where=where,
+            hint="Repair the checkpoint: a pruned network cannot run on non-finite weights.",
+        )
 
 
 def _as_float32(array: NDArray[Any], where: str) -> NDArray[np.float32]:

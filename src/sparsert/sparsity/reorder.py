@@ -16,12 +16,12 @@ def natural(pattern: Pattern, rows: int) -> Order:
 
 
 def by_count(pattern: Pattern, rows: int) -> Order:
-    """Heavy rows together: a block of heavy rows touches nearly every column anyway, blocks of light rows then touch few."""
+    """Heavy rows together: a heavy block touches nearly every column anyway, blocks of light rows then touch few."""
     return np.argsort(-pattern.row_counts, kind="stable")
 
 
 def by_overlap(pattern: Pattern, rows: int) -> Order:
-    """Greedy groups of ``rows``: the heaviest row left seeds a block, then whichever row adds the fewest new columns joins.
+    """Greedy groups of ``rows``: the heaviest row left seeds a block, then the row adding the fewest new columns joins.
 
     Rows know their overlap with the block: a column that the block gains adds one to every row that has it.
     """
@@ -66,7 +66,7 @@ ORDERS = {"natural": natural, "count": by_count, "overlap": by_overlap}
 
 
 def loads(pattern: Pattern, order: Order, rows: int) -> int:
-    """Input vectors that blocks of ``rows`` rows taken in ``order`` load per column tile: distinct (block, column) pairs."""
+    """Input vectors that blocks of ``rows`` rows in ``order`` load per column tile: distinct (block, column) pairs."""
     if not pattern.nnz:
         return 0
     rank = np.empty(pattern.rows, np.int64)

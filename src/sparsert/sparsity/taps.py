@@ -1,7 +1,7 @@
 """The table of taps: any linear layer as rows of (accumulator, where its input lies, where its weight lies).
 
-A displacement is affine in what is known only at run time: ``plane * P + pitch * p + offset`` with P and p the bytes between
-planes and rows of the input. A product with a matrix uses the pitch alone; convolutions use all three.
+A displacement is affine in what is known only at run time: ``plane * P + pitch * p + offset`` with P and p the bytes
+between planes and rows of the input. A product with a matrix uses the pitch alone; convolutions use all three.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The batch encoder: columns of instructions in, bytes out, without a Python object per instruction.
 
-A batch holds any number of instructions that share a row of the table and an encoding; their bytes are assembled as 64-bit words with
-array arithmetic. That costs some thirty array operations however long the batch is.
+A batch holds any number of instructions that share a row of the table and an encoding; their bytes are assembled as
+64-bit words with array arithmetic. That costs some thirty array operations however long the batch is.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Field = int | NDArray[np.integer]  # one value for the whole batch, or one per i
 _ROWS = tuple(ROWS[name] for name in NAMES)
 _MANDATORY = (0, 0x66, 0xF3, 0xF2)
 _NUMBERS = np.arange(32)
-# What a register number contributes to the first six bytes of an EVEX instruction: ModRM.reg with R and R', vvvv with V'.
+# What a register number adds to the first six bytes of an EVEX instruction: ModRM.reg with R and R', vvvv with V'.
 _EVEX_REG = (_NUMBERS & 7) << 43 | (~_NUMBERS & 8) << 12 | (~_NUMBERS & 16) << 8
 _EVEX_VVVV = (~_NUMBERS & 15) << 19 | (~_NUMBERS & 16) << 23
 _KINDS = {LEGACY: "L", VEX128: "V", VEX256: "V", EVEX128: "E", EVEX256: "E", EVEX512: "E"}
@@ -38,8 +38,9 @@ class Batch:
     Attributes:
         row: row number in the table, or ``LABEL`` (its number in ``imm``) or ``ALIGN`` (bytes in ``imm``).
         place: (n,) position of each in the instruction stream.
-        fields: ``reg``, ``vvvv``, ``rm``; memory operands instead of ``rm``: ``base``, ``index``, ``scale``, ``disp`` for
-            ``[base + index * 2**scale + disp]``; ``imm`` (of a branch: its label); ``mask``, ``zero``. Absent ones do not occur.
+        fields: ``reg``, ``vvvv``, ``rm``; memory operands instead of ``rm``: ``base``, ``index``, ``scale``, ``disp``
+            for ``[base + index * 2**scale + disp]``; ``imm`` (of a branch: its label); ``mask``, ``zero``.
+            Absent ones do not occur.
         bcast: embedded broadcast.
     """
 
@@ -145,8 +146,8 @@ def _encode(batch: Batch) -> tuple[Words, Words | None, Ints | int]:
         rex = row.w << 3 | ext_r << 2 | x << 1 | b
         head, at = 0, 0
         for byte, present in (
-            (_MANDATORY[row.prefix], row.prefix != 0), (0x40 | rex, rex != 0), (0x0F, row.map != M1), (row.opcode, True),
-            (modrm, has_modrm),
+            (_MANDATORY[row.prefix], row.prefix != 0), (0x40 | rex, rex != 0), (0x0F, row.map != M1),
+            (row.opcode, True), (modrm, has_modrm),
         ):  # fmt: skip
             head = head | _choose(present, byte << at * 8, 0)
             at = at + _choose(present, 1, 0)
@@ -154,7 +155,10 @@ def _encode(batch: Batch) -> tuple[Words, Words | None, Ints | int]:
 
 
 def _choose(condition: Any, yes: Ints | int, no: Ints | int) -> Ints | int:
-    """``numpy.where``, or a plain choice where all instructions agree: most batches are short, and array calls are what they cost."""
+    """``numpy.where``, or a plain choice where all instructions agree.
+
+    Most batches are short, and array calls are what they cost.
+    """
     if isinstance(condition, (bool, np.bool_)):
         return yes if condition else no
     return np.where(condition, yes, no)
@@ -209,8 +213,10 @@ def _memory_operand(
 
 
 def _memory_operand_general(f: dict[str, Field], unit: int, n: int) -> tuple[Ints, Ints, Ints, Ints, Ints]:
-    base, index, scale, disp = (np.zeros(n, np.int64) + _wide(f.get(key, default))
-                                for key, default in (("base", 0), ("index", -1), ("scale", 0), ("disp", 0)))  # fmt: skip
+    base, index, scale, disp = (
+        np.zeros(n, np.int64) + _wide(f.get(key, default))
+        for key, default in (("base", 0), ("index", -1), ("scale", 0), ("disp", 0))
+    )
     scaled, low3 = disp >> unit.bit_length() - 1, base & 7
     fits = (scaled == scaled.astype(np.int8)) & (disp & unit - 1 == 0)
     rip, indexed = base == RIP, index >= 0
@@ -263,8 +269,11 @@ def _align(batch: Batch, length: Ints, low: Words, high: Words) -> None:
 
 
 def _flatten(low: Words, high: Words, length: Ints, offsets: Ints, size: int) -> NDArray[np.uint8]:
-    """Instructions back to back. Whole words are stored in rising order, so that each overwrites the padding of the one before, and
-    one without bytes, a label, is overwritten altogether."""
+    """Instructions back to back.
+
+    Whole words are stored in rising order, so that each overwrites the padding of the one before, and one without
+    bytes, a label, is overwritten altogether.
+    """
     code = np.zeros(size + 16, np.uint8)
     words: NDArray[np.uint64] = np.ndarray((code.size - 7,), "<u8", code, strides=(1,))
     long = np.flatnonzero(length > 8)
@@ -274,7 +283,10 @@ def _flatten(low: Words, high: Words, length: Ints, offsets: Ints, size: int) ->
 
 
 def _resolve(batch: Batch, code: NDArray[np.uint8], offsets: Ints, places: Ints) -> None:
-    """Write the 32-bit distances of branches and RIP-relative operands, which end their instruction (no RIP operand has an immediate)."""
+    """Write the 32-bit distances of branches and RIP-relative operands.
+
+    They end their instruction: no RIP-relative operand has an immediate behind it.
+    """
     branch, base = "b" in _ROWS[batch.row].operands, batch.fields.get("base", 0)
     if not branch and (base != RIP if isinstance(base, int) else not (base == RIP).any()):
         return

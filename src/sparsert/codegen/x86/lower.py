@@ -1,6 +1,6 @@
 """The vector vocabulary on x86-64: a recipe per operation, and how far-away operands are addressed.
 
-A recipe is one line per instruction: a row of the encoding table and where each field comes from (``reg=d`` takes column ``d``,
+A recipe is one line per instruction: a row of the table and where each field comes from (``reg=d`` takes column ``d``,
 ``rm=b`` a register or, if negative, a constant; ``mem`` the row's memory operand; ``imm`` its immediate or label).
 """
 
@@ -24,8 +24,9 @@ GPR = {
 RBX, RBP, RSP, CALLEE_SAVED = 3, 5, 4, (3, 12, 13, 14, 15)
 
 _COMMON = {
-    "mov": "vmovaps reg=d rm=a", "load": "vmovups reg=d mem", "store": "vmovups_st reg=a mem", "bcast": "vbroadcastss reg=d mem",
-    "const": "vmovups reg=d rm=b", "add": "vaddps reg=d vvvv=a rm=b", "sub": "vsubps reg=d vvvv=a rm=b",
+    "mov": "vmovaps reg=d rm=a", "load": "vmovups reg=d mem", "store": "vmovups_st reg=a mem",
+    "bcast": "vbroadcastss reg=d mem", "const": "vmovups reg=d rm=b",
+    "add": "vaddps reg=d vvvv=a rm=b", "sub": "vsubps reg=d vvvv=a rm=b",
     "mul": "vmulps reg=d vvvv=a rm=b", "div": "vdivps reg=d vvvv=a rm=b", "min": "vminps reg=d vvvv=a rm=b",
     "max": "vmaxps reg=d vvvv=a rm=b", "bit_and": "vandps reg=d vvvv=a rm=b", "bit_or": "vorps reg=d vvvv=a rm=b",
     "bit_xor": "vxorps reg=d vvvv=a rm=b", "add_i": "vpaddd reg=d vvvv=a rm=b",
@@ -37,8 +38,9 @@ _COMMON = {
 }  # fmt: skip
 _SCALAR = {
     "s_arg": "mov reg=d arg", "s_put": "mov_st reg=a arg", "s_mov": "mov reg=d rm=a", "s_add": "add reg=d rm=a",
-    "s_sub": "sub reg=d rm=a", "s_addi": "add_imm rm=d imm", "s_set": "mov_imm rm=d imm", "s_muli": "imul_imm reg=d rm=a imm",
-    "s_add_arg": "add reg=d arg", "s_max_arg": "cmp reg=d arg; cmovl reg=d arg", "s_min_arg": "cmp reg=d arg; cmovg reg=d arg",
+    "s_sub": "sub reg=d rm=a", "s_addi": "add_imm rm=d imm", "s_set": "mov_imm rm=d imm",
+    "s_muli": "imul_imm reg=d rm=a imm", "s_add_arg": "add reg=d arg",
+    "s_max_arg": "cmp reg=d arg; cmovl reg=d arg", "s_min_arg": "cmp reg=d arg; cmovg reg=d arg",
     "s_const": "lea reg=d pool", "s_code": "lea reg=d code", "prefetch": "prefetcht1 mem",
     "label": "LABEL imm", "align": "ALIGN imm", "jump": "jmp imm", "jump_zero": "test reg=a rm=a; jz imm",
     "loop": "dec rm=a; jnz imm", "call": "call imm", "ret": "ret",
@@ -181,9 +183,10 @@ def _pick(fields: dict[str, Field], some: NDArray[np.bool_]) -> dict[str, Field]
 class _Addressing:
     """Memory operands as base, index, scale and a short displacement, and the instructions that move the base for it.
 
-    A byte displacement is split into a window, which the pointer is moved to, and a rest that fits the compressed 8-bit form.
-    Steps of a run-time pitch reach eight rows through the multiples of the pitch; other pointers multiply into TMP.
-    The moves accumulate between two explicit writes of the pointer, so a pointer is to be set anew at the top of a loop.
+    A byte displacement is split into a window, which the pointer is moved to, and a rest that fits the compressed 8-bit
+    form. Steps of a run-time pitch reach eight rows through the multiples of the pitch; other pointers multiply into
+    TMP. The moves accumulate between two explicit writes of the pointer, so a pointer is to be set anew at the top of
+    a loop.
     """
 
     def __init__(self, program: Program, encoding: int) -> None:
@@ -209,7 +212,7 @@ class _Addressing:
             window, reach = self._windows(pointer, rows, encoding), self._reaches(pointer, rows)
             if window is None and reach is None:
                 continue
-            # Only these rows matter: the first behind a write of the pointer, and those that lie elsewhere than the one before.
+            # Rows that matter: first behind a write of the pointer, or elsewhere than the one before.
             turns = np.searchsorted(rows, written)
             turns = [np.zeros(1, np.int64), turns[turns < rows.size]]
             turns += [np.flatnonzero(place[1:] != place[:-1]) + 1 for place in (window, reach) if place is not None]
@@ -233,7 +236,7 @@ class _Addressing:
         return window
 
     def _reaches(self, pointer: S, rows: Ints) -> Ints | None:
-        """How many eights of pitches X is moved for each row; other pointers get the product of pitch and step instead."""
+        """How many eights of pitches X is moved for each row; other pointers get the product of pitch and step."""
         steps = self.c["step"][rows].astype(np.int64)
         stepped = np.flatnonzero(steps)
         if not stepped.size:
@@ -260,9 +263,10 @@ class _Addressing:
     def _check(
         pointer: S, rows: Ints, turns: Ints, away: NDArray[np.bool_], labels: Ints, fresh: Ints, modified: Ints
     ) -> None:
-        """A pointer that moves may not be used on behind a label, where control can come from elsewhere, nor be added to meanwhile.
+        """A pointer that moves may neither be used on behind a label nor be added to meanwhile.
 
-        ``rows`` use the pointer, and it changes its place at some of them, ``turns``, whether ``away`` or back.
+        Control can reach a label from elsewhere. ``rows`` use the pointer, and it changes its place at some of them,
+        ``turns``, whether ``away`` or back.
         """
         moving = np.unique(np.searchsorted(fresh, turns[away]))
         for joints, step in ((labels, 0), (modified, -1)):
@@ -275,7 +279,7 @@ class _Addressing:
                 raise InternalError(f"pointer {pointer.name} is used across a label, or added to, while it is moved")
 
     def alike(self, rows: Ints) -> list[Ints]:
-        """``rows`` apart by pointer, and by whether there is an index: the plain ones are the many, and quickly encoded."""
+        """``rows`` apart by pointer, and by whether there is an index: the plain ones are many, and quickly encoded."""
         kind = self.c["ptr"][rows] * 2 + (self._indexed[rows] != 0)
         if (kind == kind[0]).all():
             return [rows]

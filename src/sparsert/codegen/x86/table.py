@@ -1,12 +1,12 @@
 """Every x86-64 instruction SparseRT can emit, one row each.
 
-``Row`` says all that an encoding needs (Intel SDM vol. 2, chapter 2; AMD APM vol. 3): mandatory prefix, opcode map, opcode, W,
-the EVEX tuple type (which scales a compressed displacement), a ``/digit`` for the reg field, immediate bytes, the operands in
-Intel order, and in which encodings it exists: ``L`` legacy, ``V`` VEX, ``E`` EVEX.
+``Row`` says all that an encoding needs (Intel SDM vol. 2, chapter 2; AMD APM vol. 3): mandatory prefix, opcode map,
+opcode, W, the EVEX tuple type (which scales a compressed displacement), a ``/digit`` for the reg field, immediate
+bytes, the operands in Intel order, and in which encodings it exists: ``L`` legacy, ``V`` VEX, ``E`` EVEX.
 
-Operand letters: ``r`` ModRM.reg, ``v`` VEX.vvvv, ``m`` ModRM.rm (register or memory), ``i`` immediate, ``s`` register in the
-upper half of the immediate byte (is4), ``b`` a branch displacement.  Their kinds: ``x`` vector, ``g`` 64-bit general, ``k``
-mask, ``q`` memory only, ``4`` 128-bit vector or memory.
+Operand letters: ``r`` ModRM.reg, ``v`` VEX.vvvv, ``m`` ModRM.rm (register or memory), ``i`` immediate, ``s`` register
+in the upper half of the immediate byte (is4), ``b`` a branch displacement.  Their kinds: ``x`` vector, ``g`` 64-bit
+general, ``k`` mask, ``q`` memory only, ``4`` 128-bit vector or memory.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ M1, M0F, M0F38, M0F3A = 0, 1, 2, 3  # one-byte opcodes (legacy only), then the e
 
 
 class Tuple(IntEnum):
-    """EVEX tuple types by their memory operand: a whole vector (with broadcast allowed or not), one float, four floats."""
+    """EVEX tuple types by their memory operand: a vector (with broadcast allowed or not), one float, four floats."""
 
     NONE = 0
     FULL = 1  # broadcast allowed
