@@ -42,7 +42,8 @@ def compile_matmul(
             ``(data, indices, indptr, shape)`` (their pattern is what they store, explicit zeros included;
             duplicates are summed).
         bias: (M,) float32.
-        activation: None, "relu", "relu6", "silu", "hardswish", "gelu" (erf), "gelu_tanh" or ``sparsert.Clip(lo, hi)``.
+        activation: None, "relu", "relu6", "silu", "hardswish", "gelu" (erf), "gelu_tanh", "sigmoid", "tanh" or
+            ``sparsert.Clip(lo, hi)``.
         residual: None, or "before" / "after": a residual given at each call is added before or after the activation.
         precision: "f32".
         target: "native" (the best this machine executes), "x86-avx512", "x86-avx2" or "reference" (NumPy, everywhere).

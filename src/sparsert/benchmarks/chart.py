@@ -173,9 +173,10 @@ def _bar(axes: Any, x: float, width: float, slot: Slot, name: str, ours: list[st
     axes.bar(x, value, 0.94 * width, color=color, hatch=hatch, edgecolor="#30363c", zorder=2, label=label,
              linewidth=0.9 if slot.is_mean else 0.4)  # fmt: skip
     if mine:
+        behind = {"facecolor": "white", "edgecolor": "none", "pad": 0.5} if value < 1 else None  # hides the line at 1
         axes.annotate(f"{value:.1f}", (x, value), (0, 2), textcoords="offset points", ha="center", va="bottom",
                       rotation=90 if crowded or width < 0.3 else 0, fontsize=6.5 if crowded else 7.5, zorder=4,
-                      fontweight="bold" if slot.is_mean else "normal")  # fmt: skip
+                      fontweight="bold" if slot.is_mean else "normal", bbox=behind)  # fmt: skip
 
 
 def _style(axes: Any, report: Report) -> None:

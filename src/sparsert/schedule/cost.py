@@ -7,17 +7,14 @@ from .schedule import Schedule, most_rows
 from .task import Task
 
 # What the rules below were read off (Zen 4, the layers of MobileNetV1 and BERT, uniform patterns of 80 to 98 %).
-_DIRECT_COLUMNS = (
-    48  # so many input rows are read in place: their cache lines survive from tile to tile, whatever their alignment
-)
+_DIRECT_COLUMNS = 48  # so many input rows are read in place: their cache lines survive from tile to tile
+_PACKING_BLOCKS = 3  # ... and so are more of them, if fewer blocks than this load them
 _PACKING_TAPS = 6  # packing a row of x pays from so many uses on
 _SEGMENT = 1024  # input rows per segment: its part of x stays in L2 and a block's code near L1
 _SEGMENT_TAPS = 2000  # ... if that leaves a block enough work to amortise carrying the sums
 _LOAD_BOUND = 0.06  # below this density loading x costs more than the multiply-adds: keep its tile in L1
 _CLUSTER = 0.035  # and below this one, it pays to group rows that share columns
-_ROW_TILES = (
-    8  # tiles that go together where rows are far apart: whole stretches of a row come from, and go to, memory at once
-)
+_ROW_TILES = 8  # tiles that go together where rows are far apart: whole stretches of a row come from memory at once
 _PREFETCH_CODE = 4  # times L1: code that comes from further away than L2 sooner or later
 _MOST_CLUSTERED = 4096  # rows: grouping takes about 15 us a row
 
@@ -32,7 +29,8 @@ def choose(task: Task, target: Target, spare: int) -> Schedule:
     """A schedule for ``task`` on ``target``, whose epilogue and inner loop leave ``spare`` registers unused."""
     pattern = task.pattern
     rows, columns = most_rows(target, spare), pattern.cols
-    packed = task.layout == "row_major" and columns > _DIRECT_COLUMNS and pattern.nnz >= _PACKING_TAPS * columns
+    reused = columns > _DIRECT_COLUMNS and pattern.rows > (_PACKING_BLOCKS - 1) * rows
+    packed = task.layout == "row_major" and reused and pattern.nnz >= _PACKING_TAPS * columns
     segments = -(-columns // _SEGMENT)
     if segments > 1 and rows * _SEGMENT * pattern.density >= _SEGMENT_TAPS:
         k_segment = -(-columns // segments)
