@@ -7,7 +7,7 @@ BIN    = $(VENV)/bin
 STAMPS = $(VENV)/.installed
 FAST   = not full and not peers
 # what the full tier compares with, beyond the extras
-PEERS  = bench,mkl
+PEERS  = bench,mkl,tflite
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

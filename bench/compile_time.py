@@ -72,7 +72,8 @@ def main() -> None:
     for row in rows:
         print(
             f"{row['shape']:>10} {row['layout']:<10} {row['nnz']:>7} nonzeros  compile {row['compile_ms']:7.2f} ms "
-            f"(10th percentile {row['compile_ms_p10']:.2f})  {row['million_instructions_per_second']:5.1f} M instructions/s  "
+            f"(10th percentile {row['compile_ms_p10']:.2f})  "
+            f"{row['million_instructions_per_second']:5.1f} M instructions/s  "
             f"{row['bytes_per_nonzero']:.1f} bytes per nonzero"
         )
     if args.json:
