@@ -4,7 +4,7 @@
     python bench/compile_time.py [--json bench/results/compile_time.json]
 
 Compiles uniform random layers many times and reports the median and the 10th percentile. "instructions a second" counts
-everything between the vector program and the finished bytes: lowering with its addressing, encoding, flattening, labels.
+everything between the vector program and the finished bytes: lowering with addressing, encoding, flattening, labels.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ PRECISIONS = ("f32",)
 MAX_CODE_BYTES = 1 << 30  # branches reach 2 GiB
 _LEAST_BYTES = 7  # per nonzero: what refuses a hopeless budget before any work is done
 
-_Operator = TypeVar("_Operator", CompiledMatmul, CompiledLinear)
+_Kind = TypeVar("_Kind", CompiledMatmul, CompiledLinear)
 
 
 def compile_matmul(
@@ -58,7 +58,7 @@ def compile_matmul(
         CodeBudgetError: the code would exceed ``max_code_bytes``.
         ExecutableMemoryError: the system's policy forbids generated code.
     """
-    if layout not in LAYOUTS[:2]:
+    if not isinstance(layout, str) or layout not in LAYOUTS[:2]:
         raise UnsupportedError(f"unknown layout {layout!r}", where="layout", hint=f"Known: {', '.join(LAYOUTS[:2])}.")
     return _compile(
         CompiledMatmul, weight, bias, activation, residual, precision, target, threads, layout, schedule, max_code_bytes
@@ -107,9 +107,9 @@ def compile_listing(
 
 
 def _compile(
-    kind: type[_Operator], weight: Any, bias: Any, activation: Any, residual: str | None, precision: str, target: str,
+    kind: type[_Kind], weight: Any, bias: Any, activation: Any, residual: str | None, precision: str, target: str,
     threads: int | None, layout: str, schedule: Schedule | None, max_code_bytes: int | None,
-) -> _Operator:  # fmt: skip
+) -> _Kind:  # fmt: skip
     started = time.perf_counter()
     permitted = _threads(threads)
     found = host.resolve(target)
@@ -152,7 +152,7 @@ def _compile(
 def _task(
     matrix: SparseMatrix, bias: Any, activation: Any, residual: str | None, precision: str, layout: str
 ) -> tuple[Task, Array | None]:
-    if precision not in PRECISIONS:
+    if not isinstance(precision, str) or precision not in PRECISIONS:
         raise UnsupportedError(
             f"unknown precision {precision!r}", where="precision", hint=f"Known: {', '.join(PRECISIONS)}."
         )
@@ -201,11 +201,11 @@ def _threads(threads: int | None) -> int:
 
 def _budget(given: int | None) -> int:
     budget = MAX_CODE_BYTES if given is None else given
-    if not isinstance(budget, int) or isinstance(budget, bool) or budget < 0:
+    if not isinstance(budget, (int, np.integer)) or isinstance(budget, bool) or budget < 0:
         raise ValueRangeError(
             f"{given!r} is not a number of bytes", where="max_code_bytes", hint="Use None or an int from 0 on."
         )
-    return min(budget, MAX_CODE_BYTES)
+    return min(int(budget), MAX_CODE_BYTES)
 
 
 def _hopeful(budget: int, nnz: int) -> int:

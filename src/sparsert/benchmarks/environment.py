@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib import import_module, metadata
@@ -75,11 +74,6 @@ def cpu_model() -> str:
     if "cpu family" in fields:
         name += f" (family {fields['cpu family']}, model {fields.get('model')}, stepping {fields.get('stepping')})"
     return name
-
-
-def command_line() -> str:
-    """The command as typed, without the folder that the program lies in."""
-    return " ".join([Path(sys.argv[0]).name if sys.argv else "", *sys.argv[1:]]).strip()
 
 
 def _version(package: str) -> str | None:

@@ -88,7 +88,6 @@ def _table() -> tuple[Op, ...]:
 
 OPS = _table()
 OP = {op.name: i for i, op in enumerate(OPS)}
-MEMORY = np.array(["m" in op.form for op in OPS])
 
 COLUMNS = {
     "op": np.uint8,

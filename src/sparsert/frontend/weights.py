@@ -41,6 +41,7 @@ _ACTIVATIONS: dict[str, Activation] = {
     "relu": "relu",
     "relu6": ("clip", 0.0, 6.0),
     "relu_n1_to_1": ("clip", -1.0, 1.0),
+    "tanh": "tanh",
 }
 _CSR_PARTS = ("data", "indices", "indptr", "shape")
 _SMTX_CHARS = bytes(range(48, 58)) + b" \t\r"
@@ -265,12 +266,14 @@ def _read_tflite(path: Path) -> list[Layer]:
         entries = layer.weight.shape[0] * layer.weight.shape[1]
         if layer.encoded or layer.weight.pattern.nnz <= (1 - MIN_ZEROS) * entries:
             facts = [layer.kind] if layer.kind != "conv 1x1" else []
-            facts += [f"stride {layer.stride[0]}x{layer.stride[1]}"] if layer.stride != (1, 1) else []
-            layers.append(
-                Layer(
-                    name, layer.weight, layer.bias, layer.columns, ", ".join(facts), _ACTIVATIONS.get(layer.activation)
-                )
+            known = _ACTIVATIONS.get(layer.activation)
+            facts += (
+                [f"its {layer.activation} left out"]
+                if layer.activation and layer.activation not in _ACTIVATIONS
+                else []
             )
+            facts += [f"stride {layer.stride[0]}x{layer.stride[1]}"] if layer.stride != (1, 1) else []
+            layers.append(Layer(name, layer.weight, layer.bias, layer.columns, ", ".join(facts), known))
     if not layers:
         what = f"none of {len(found)} 1x1 convolutions and fully connected layers is pruned"
         raise FormatError(what, where=str(path), hint=f"Left out: {some(skipped, 4)}.")

@@ -153,10 +153,6 @@ def _horner(v: Vocabulary[T], x: T, coefficients: Sequence[float]) -> T:
     return p
 
 
-def _identity(v: Vocabulary[T], x: T) -> T:
-    return x
-
-
 def _relu(v: Vocabulary[T], x: T) -> T:
     return v.max(v.const(0.0), x)
 

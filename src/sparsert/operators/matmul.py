@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 
@@ -109,6 +109,13 @@ class _Operator:
         require_finite(values, "new_weight")
         self._compiled.product.load(values, self._bias)
 
+    def __reduce__(self) -> NoReturn:
+        raise UnsupportedError(
+            "a compiled operator holds machine code of this process and cannot be copied or pickled",
+            where=type(self).__name__,
+            hint="Keep the weights and compile again: it takes milliseconds.",
+        )
+
     def listing(self) -> str:
         """The machine code as text: offset, bytes, instruction; generated anew from pattern and schedule."""
         return self._compiled.list_code()
@@ -189,7 +196,8 @@ class _Operator:
             self._compiled.product.run(xp, yp, rp, tile)
             y[...] = yp[:, :columns] if axis == 1 else yp[:columns]
             return
-        if r is None and target is y and len(self._passed) < _SIGNATURES:
+        direct = (axis == 0) == (self._compiled.task.layout == "transposed")
+        if r is None and target is y and direct and len(self._passed) < _SIGNATURES:
             self._passed[x.shape, x.strides, y.shape, y.strides] = columns
         self._compiled.product.run(x, target, r, columns)
         if target is not y:
@@ -269,6 +277,9 @@ class CompiledLinear(_Operator):
         Raises:
             ShapeError, DTypeError, AliasError, UnsupportedError: see :mod:`sparsert.errors`; nothing is written then.
         """
+        task = self._compiled.task
+        if residual is None and task.residual is None and task.layout == "transposed" and self._again(x, out):
+            return out  # type: ignore[no-any-return]
         x = as_input(x, "x")
         m, k = self._pattern.shape
         if x.ndim < 1 or x.shape[-1] != k:

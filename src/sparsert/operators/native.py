@@ -15,7 +15,8 @@ from ..schedule.task import Task
 from ..target import Target
 
 Array = NDArray[np.float32]
-_SHAPES = 32  # shapes and pitches whose frames are kept
+_SHAPES = 32  # shapes and pitches whose frames are kept,
+_KEPT_BYTES = 32 << 20  # and scratch
 _ALIGN_TILES = 4  # so many tiles a row must have for aligning its stores to pay
 
 
@@ -27,6 +28,7 @@ class NativeProduct:
         self.executable = executable
         self._values: tuple[Array, int] = (aligned_empty(0), 0)
         self._frames: dict[tuple[int, ...], list[Frame]] = {}
+        self._kept = 0  # bytes of scratch in frames, roughly: threads may count at once
 
     def load(self, values: Array, bias: Array | None) -> None:
         """Pack new values; calls under way keep the ones they started with."""
@@ -42,19 +44,21 @@ class NativeProduct:
         """
         xa, ya, ra = address_of(x), address_of(y), 0 if r is None else address_of(r)
         # A residual that is y itself must be read before its element is written: no tile may overlap another then.
-        offset = 0 if ra == ya else ya % self.target.tile_bytes
+        by_rows = self.task.layout == "row_major"
+        offset = ya % self.target.tile_bytes if by_rows and ra != ya else 0
         key = (columns, x.strides[0], y.strides[0], 0 if r is None else r.strides[0], offset)
         free = self._frames.setdefault(key, [])
         try:
             frame = free.pop()
         except IndexError:
             frame = self._frame(*key)
+            self._kept += frame.scratch.nbytes
+            if len(self._frames) > _SHAPES or self._kept > _KEPT_BYTES:  # forget other shapes; calls under way go on
+                self._frames, self._kept = {key: free}, frame.scratch.nbytes
         values, weights = self._values  # held here: a refit meanwhile does not free what this call reads
         frame.point(xa, ya, ra, weights)
         self.executable.call(frame.address)
         free.append(frame)
-        if len(self._frames) > _SHAPES:
-            self._frames.clear()
         del values
 
     def _frame(self, columns: int, x_pitch: int, y_pitch: int, r_pitch: int, offset: int) -> Frame:

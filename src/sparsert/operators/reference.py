@@ -17,26 +17,25 @@ class ReferenceProduct:
 
     def __init__(self, task: Task) -> None:
         self.task = task
-        self.values: Array = np.zeros(0, np.float32)
-        self.bias: Array | None = None
+        self._loaded: tuple[NDArray[np.float64], Array | None] = (np.zeros(0), None)
 
     def load(self, values: Array, bias: Array | None) -> None:
-        self.values, self.bias = values, bias
+        """New values; calls under way keep the ones they started with."""
+        self._loaded = values.astype(np.float64), bias
 
     def run(self, x: Array, y: Array, r: Array | None, columns: int) -> None:
         """The same contract as the native product: x, y and r as the task's layout says."""
-        task = self.task
+        task, loaded = self.task, self._loaded
         if task.layout == "tile_major":
             for tile in range(x.shape[0]):
-                self._product(x[tile], y[tile], None if r is None else r[tile])
+                self._product(*loaded, x[tile], y[tile], None if r is None else r[tile])
         elif task.layout == "transposed":
-            self._product(x.T, y.T, None if r is None else r.T)
+            self._product(*loaded, x.T, y.T, None if r is None else r.T)
         else:
-            self._product(x, y, r)
+            self._product(*loaded, x, y, r)
 
-    def _product(self, x: Array, y: Array, r: Array | None) -> None:
-        pattern, activation = self.task.pattern, self.task.activation
-        values, n = self.values.astype(np.float64), max(1, x.shape[1])
+    def _product(self, values: NDArray[np.float64], bias: Array | None, x: Array, y: Array, r: Array | None) -> None:
+        pattern, activation, n = self.task.pattern, self.task.activation, max(1, x.shape[1])
         with np.errstate(all="ignore"):
             start = 0
             while start < pattern.rows:
@@ -45,8 +44,8 @@ class ReferenceProduct:
                 )
                 stop = min(stop, pattern.rows)
                 total = self._rows(values, x, start, stop)
-                if self.bias is not None:
-                    total += self.bias[start:stop, None]
+                if bias is not None:
+                    total += bias[start:stop, None]
                 if r is not None and self.task.residual == "before":
                     total += r[start:stop]
                 if activation is not None:

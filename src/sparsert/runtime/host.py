@@ -53,6 +53,8 @@ def lookup(name: str) -> Target:
     Raises:
         UnsupportedError: no such target. TargetUnavailableError: ``native``, and no compiled target can run here.
     """
+    if not isinstance(name, str):
+        raise UnsupportedError(f"{name!r} is not the name of a target", where="target", hint=f"Known: {_known()}.")
     if name == "native":
         reasons = {n: unavailable(n) for n in NATIVE_ORDER}
         for candidate, reason in reasons.items():
@@ -61,16 +63,22 @@ def lookup(name: str) -> Target:
         raise TargetUnavailableError("; ".join(f"{n}: {r}" for n, r in reasons.items()), where="target='native'",
                                      hint="Use target='reference' (NumPy) for correct, slow results.")  # fmt: skip
     if name not in TARGETS:
-        raise UnsupportedError(f"unknown target {name!r}", where="target", hint=f"Known: native, {', '.join(TARGETS)}.")
+        raise UnsupportedError(f"unknown target {name!r}", where="target", hint=f"Known: {_known()}.")
     return with_host_caches(TARGETS[name])
+
+
+def _known() -> str:
+    return ", ".join(("native", *TARGETS))
 
 
 def resolve(name: str) -> Target:
     """As :func:`lookup`, and this machine can execute it.
 
     Raises:
-        TargetUnavailableError: with the reason.
+        TargetUnavailableError: with the reason. ExecutableMemoryError: policy forbids even the probe of the CPU.
     """
+    if name != "reference":
+        cpu_features()
     target = lookup(name)
     reason = unavailable(target.name)
     if reason:
@@ -109,20 +117,35 @@ def default_threads() -> int:
     return max(1, min(cores, _quota()))
 
 
+_NO_LIMIT = 1 << 20
+
+
 @cache
 def _quota() -> int:
-    """Whole cores that the cgroup grants (version 2, then 1); a large number where it sets no limit."""
-    for quota_file, period_file in (
-        ("/sys/fs/cgroup/cpu.max", ""),
-        ("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "/sys/fs/cgroup/cpu/cpu.cfs_period_us"),
-    ):
-        try:
-            text = Path(quota_file).read_text().split()
-            quota, period = (text[0], text[1]) if not period_file else (text[0], Path(period_file).read_text().strip())
-            return 1 << 20 if quota in ("max", "-1") else max(1, int(quota) // max(1, int(period)))
-        except (OSError, ValueError, IndexError):
+    """Whole cores that the cgroups around this process grant; a large number where none sets a limit."""
+    root, limits = Path("/sys/fs/cgroup"), [_NO_LIMIT]
+    for line in _text(Path("/proc/self/cgroup")).splitlines():
+        _, controllers, group = (line.split(":", 2) + ["", ""])[:3]
+        version2 = not controllers
+        if not version2 and "cpu" not in controllers.split(","):
             continue
-    return 1 << 20
+        top = root if version2 else root / controllers
+        own = top / group.lstrip("/")
+        for folder in (own, *own.parents):
+            words = (_text(folder / "cpu.max") if version2 else " ".join(
+                _text(folder / f"cpu.cfs_{name}_us") for name in ("quota", "period"))).split()  # fmt: skip
+            if len(words) == 2 and words[0].isdigit() and words[1].isdigit() and int(words[1]):
+                limits.append(max(1, int(words[0]) // int(words[1])))
+            if folder == top:
+                break
+    return min(limits)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except (OSError, ValueError):
+        return ""
 
 
 def cpu_name() -> str:

@@ -46,7 +46,6 @@ class ExecutableMemory:
     def __init__(self, code: bytes) -> None:
         if not code:
             raise ExecutableMemoryError("there is no code to map")
-        # Code of several MiB runs through instruction TLB entries quickly: whole huge pages where it fills them.
         self.size = -(-len(code) // mmap.PAGESIZE) * mmap.PAGESIZE
         try:
             self.address = self._anonymous(code)
@@ -62,9 +61,10 @@ class ExecutableMemory:
                     "target='reference'.",
                 ) from second
         self._finalizer = weakref.finalize(self, _unmap, self.address, self.size)
+        self._finalizer.atexit = False  # daemon threads may still be inside; the system takes the pages back anyway
 
     def _anonymous(self, code: bytes) -> int:
-        huge = len(code) >= _HUGE
+        huge = len(code) >= _HUGE  # so much code runs through the entries of the instruction TLB quickly
         span = self.size + (_HUGE if huge else 0)
         base = _map(span, _READ | _WRITE, _PRIVATE | _ANONYMOUS | (0 if huge else _POPULATE), -1)
         address = base

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from ..errors import ScheduleError
 from ..sparsity.reorder import ORDERS
 from ..target import Target
@@ -32,14 +34,17 @@ class Schedule:
     prefetch: bool = False
 
     def __post_init__(self) -> None:
-        if self.order not in ORDERS:
+        if not isinstance(self.order, str) or self.order not in ORDERS:
             raise ScheduleError(f"unknown row order {self.order!r}", where="order", hint=f"Known: {', '.join(ORDERS)}.")
         for name in ("rows", "k_segment", "tiles"):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < (name == "rows"):
+            if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < (name == "rows"):
                 raise ScheduleError(
                     f"{name}={value!r} is not a {'positive' if name == 'rows' else 'non-negative'} integer", where=name
                 )
+        for name in ("packed", "prefetch"):
+            if not isinstance(getattr(self, name), bool):
+                raise ScheduleError(f"{name}={getattr(self, name)!r} is neither True nor False", where=name)
 
     def check(self, target: Target, spare: int) -> None:
         """Refuse more rows than the register file holds beside ``spare`` registers of the kernel's own.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import operator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -99,15 +100,13 @@ class Pattern:
         """
         if isinstance(weight, SparseMatrix) or is_sparse(weight) or _is_csr_tuple(weight):
             other = as_sparse(weight, where)
-            if other.pattern == self:
-                return other.values
-            weight = other.to_dense()
-        dense = as_dense_weight(weight, where)
-        if dense.shape != self.shape:
-            raise ShapeError(f"shape {dense.shape} does not fit the compiled {self.shape}", where=where,
-                             hint="Compile a new operator for a new shape.")  # fmt: skip
-        values = np.ascontiguousarray(dense[self.row_of, self.indices])
-        outside = int(np.count_nonzero(dense)) - int(np.count_nonzero(values))
+            self._require_shape(other.shape, where)
+            values, total = self._matching(other), int(np.count_nonzero(other.values))
+        else:
+            dense = as_dense_weight(weight, where)
+            self._require_shape(dense.shape, where)
+            values, total = np.ascontiguousarray(dense[self.row_of, self.indices]), int(np.count_nonzero(dense))
+        outside = total - int(np.count_nonzero(values))
         if outside:
             raise PatternMismatchError(
                 f"{outside} nonzeros lie outside the compiled pattern ({self.nnz} places)",
@@ -115,6 +114,27 @@ class Pattern:
                 hint="Mask the new weights, or compile a new operator.",
             )
         return values
+
+    def _matching(self, other: SparseMatrix) -> NDArray[np.float32]:
+        """The values of another sparse matrix of this shape at this pattern's places, without a dense detour."""
+        if other.pattern == self:
+            return other.values
+        width = max(self.cols, 1)
+        mine, theirs = (p.row_of.astype(np.int64) * width + p.indices for p in (self, other.pattern))
+        values = np.zeros(mine.size, np.float32)
+        if theirs.size:
+            at = np.minimum(np.searchsorted(theirs, mine), theirs.size - 1)
+            found = theirs[at] == mine
+            values[found] = other.values[at[found]]
+        return values
+
+    def _require_shape(self, shape: tuple[int, ...], where: str) -> None:
+        if shape != self.shape:
+            raise ShapeError(
+                f"shape {shape} does not fit the compiled {self.shape}",
+                where=where,
+                hint="Compile a new operator for a new shape.",
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,25 +196,36 @@ def as_sparse(weight: Any, where: str = "weight") -> SparseMatrix:
     return SparseMatrix(Pattern(rows, cols, indptr, indices), values)
 
 
+_CSR_HINT = "Pass (data, indices, indptr, shape) as scipy.sparse.csr_matrix holds them."
+
+
 def from_csr(data: Any, indices: Any, indptr: Any, shape: Any, where: str = "weight") -> SparseMatrix:
     """A validated CSR matrix; columns are sorted within their row and duplicates summed."""
-    extent = tuple(int(n) for n in np.asarray(shape).reshape(-1))
-    if len(extent) != 2:
-        raise ShapeError(f"a CSR shape has two extents, not {len(extent)}", where=where)
-    rows, cols = extent
+    try:
+        extents = [operator.index(n) for n in np.asarray(shape, object).reshape(-1)]
+    except TypeError as error:
+        raise ShapeError(f"a CSR shape is two integers, not {shape!r}", where=where, hint=_CSR_HINT) from error
+    if len(extents) != 2:
+        raise ShapeError(f"a CSR shape has two extents, not {len(extents)}", where=where, hint=_CSR_HINT)
+    rows, cols = extents
     _check_extents(rows, cols, where)
-    values, columns, offsets = np.asarray(data).reshape(-1), np.asarray(indices).reshape(-1), np.asarray(indptr)
+    try:
+        values, columns, offsets = np.asarray(data).reshape(-1), np.asarray(indices).reshape(-1), np.asarray(indptr)
+    except (TypeError, ValueError) as error:
+        raise FormatError(f"not a CSR tuple: {error}", where=where, hint=_CSR_HINT) from error
     if columns.dtype.kind not in "iu" or offsets.dtype.kind not in "iu":
-        raise FormatError("CSR indices and indptr are integers", where=where)
+        raise FormatError("CSR indices and indptr are integers", where=where, hint=_CSR_HINT)
     columns, offsets = columns.astype(np.int64), offsets.reshape(-1).astype(np.int64)
     if offsets.size != rows + 1 or offsets[0] != 0 or np.any(np.diff(offsets) < 0) or offsets[-1] != columns.size:
         raise FormatError(
-            f"indptr is not a rising offset table of {rows + 1} entries from 0 to {columns.size}", where=where
+            f"indptr is not a rising offset table of {rows + 1} entries from 0 to {columns.size}",
+            where=where,
+            hint=_CSR_HINT,
         )
     if values.size != columns.size:
-        raise FormatError(f"{values.size} values for {columns.size} column indices", where=where)
+        raise FormatError(f"{values.size} values for {columns.size} column indices", where=where, hint=_CSR_HINT)
     if columns.size and (columns.min() < 0 or columns.max() >= cols):
-        raise FormatError(f"column indices reach outside 0..{cols - 1}", where=where)
+        raise FormatError(f"column indices reach outside 0..{cols - 1}", where=where, hint=_CSR_HINT)
     values = _as_float32(values, where)
     require_finite(values, where)
     row_of = np.repeat(np.arange(rows, dtype=np.int64), np.diff(offsets))

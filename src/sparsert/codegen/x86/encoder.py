@@ -113,6 +113,8 @@ def _encode(batch: Batch) -> tuple[Words, Words | None, Ints | int]:
     if row.imm:
         value = _wide(f["imm"]) << (4 if "s" in row.operands else 0)
         imm = 0 if "b" in row.operands else value & (1 << 8 * row.imm) - 1
+        if "b" not in row.operands and not _fits(value, 8 * row.imm):
+            raise InternalError(f"{NAMES[batch.row]}: an immediate does not fit {row.imm} bytes")
         tail, size = tail | imm << size * 8, size + row.imm
         if (size if isinstance(size, int) else size.max()) > 8 or (mem and np.any(np.asarray(f["base"]) == RIP)):
             raise InternalError(
@@ -162,6 +164,12 @@ def _choose(condition: Any, yes: Ints | int, no: Ints | int) -> Ints | int:
     if isinstance(condition, (bool, np.bool_)):
         return yes if condition else no
     return np.where(condition, yes, no)
+
+
+def _fits(value: Ints | int, bits: int) -> bool:
+    """Whether values are ``bits`` wide, signed or unsigned."""
+    low, high = -(1 << bits - 1), 1 << bits
+    return low <= value < high if isinstance(value, int) else bool((value >= low).all() and (value < high).all())
 
 
 def _largest(value: Field) -> int:

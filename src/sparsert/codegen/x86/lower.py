@@ -21,7 +21,7 @@ GPR = {
     S.CONST: 8, S.CODE: 6,
 }  # fmt: skip
 """rbp keeps the frame chain, rsp is the stack's. Bases avoid r12 and r13, whose encodings are longer."""
-RBX, RBP, RSP, CALLEE_SAVED = 3, 5, 4, (3, 12, 13, 14, 15)
+CALLEE_SAVED = (3, 12, 13, 14, 15)
 
 _COMMON = {
     "mov": "vmovaps reg=d rm=a", "load": "vmovups reg=d mem", "store": "vmovups_st reg=a mem",
@@ -75,7 +75,6 @@ _WINDOWED = {S.X: 64, S.W: 4}
 """Pointers that walk far, and what a compressed displacement of theirs counts in; others take 32-bit displacements."""
 _MODIFIES = np.array([op.name in ("s_add", "s_sub", "s_addi", "s_add_arg", "s_max_arg", "s_min_arg") for op in OPS])
 _GPR_OF = np.array([GPR[s] for s in S], np.int8)
-_SCALAR_OP = np.array([op.scalar for op in OPS])
 _MEMORY, _WRITES = 1, 2
 _KIND = np.array(
     [_MEMORY if "m" in op.form else _WRITES if op.scalar and "d" in op.form else 0 for op in OPS], np.uint8

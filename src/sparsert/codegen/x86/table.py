@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import IntEnum
 
-P00, P66, PF3, PF2 = 0, 1, 2, 3
+P00, P66, PF3 = 0, 1, 2
 M1, M0F, M0F38, M0F3A = 0, 1, 2, 3  # one-byte opcodes (legacy only), then the escape maps
 
 
@@ -41,7 +41,6 @@ class Row:
     imm: int = 0
     fixed_length: int = -1  # vector length that the instruction insists on: 0 = 128, 1 = 256, 2 = 512 bits
     mnemonic: str = ""
-    condition: bool = False
 
 
 _F, _FM, _S, _4, _N = Tuple.FULL, Tuple.FULLMEM, Tuple.T1S, Tuple.T4, Tuple.NONE
@@ -77,7 +76,6 @@ ROWS: dict[str, Row] = {
     "vmovaps":        Row(P00, M0F,   0x28, 0, _FM, "rx mx", "VE"),
     "vbroadcastss":   Row(P66, M0F38, 0x18, 0, _S, "rx mq", "VE"),
     "vmovups_x":      Row(P00, M0F,   0x10, 0, _FM, "rx mq", "VE", fixed_length=0, mnemonic="vmovups"),
-    "vmovups_x_st":   Row(P00, M0F,   0x11, 0, _FM, "mq rx", "VE", fixed_length=0, mnemonic="vmovups"),
     "vinsertf32x4":   Row(P66, M0F3A, 0x18, 0, _4, "rx vx m4 i", "E", imm=1),
     "vinsertf128":    Row(P66, M0F3A, 0x18, 0, _N, "rx vx m4 i", "V", imm=1, fixed_length=1),
     "vextractf32x4":  Row(P66, M0F3A, 0x19, 0, _4, "m4 rx i", "E", imm=1),
@@ -111,8 +109,6 @@ ROWS: dict[str, Row] = {
     "jnz":            Row(P00, M0F,   0x85, 0, _N, "b", "L", imm=4, mnemonic="jne"),
     "prefetcht1":     Row(P00, M0F,   0x18, 0, _N, "mq", "L", digit=2),
     "endbr64":        Row(PF3, M0F,   0x1E, 0, _N, "", "L", digit=7),  # encoded with rm = edx: F3 0F 1E FA
-    "cpuid":          Row(P00, M0F,   0xA2, 0, _N, "", "L"),
-    "xgetbv":         Row(P00, M0F,   0x01, 0, _N, "", "L", digit=2),  # 0F 01 D0
 }  # fmt: skip
 
 NAMES = tuple(ROWS)
