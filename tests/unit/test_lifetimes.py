@@ -85,7 +85,8 @@ def test_frames_of_many_shapes_do_not_pile_up(target: str, rng: np.random.Genera
     product: Any = op._compiled.product
     for rows in range(16, 80):
         op(np.ones((rows, 20_000), np.float32))
-    kept = sum(frame.scratch.nbytes for free in product._frames.values() for frame in free)
+    frames = [f for binding in product._bindings.values() for free in binding.free.values() for f in free]
+    kept = sum(frame.scratch.nbytes for frame in frames)
     assert 0 < kept <= 64 << 20
 
 

@@ -77,3 +77,9 @@ def overlaps(a: Array, b: Array) -> bool:
 def same_view(a: Array, b: Array) -> bool:
     """Whether two arrays are the same elements in the same order."""
     return address_of(a) == address_of(b) and a.shape == b.shape and a.strides == b.strides
+
+
+def reach(array: Array) -> tuple[int, int]:
+    """The bytes of an array relative to the address of its first element: from the lowest to behind the highest."""
+    steps = [(extent - 1) * stride for extent, stride in zip(array.shape, array.strides, strict=True)]
+    return sum(min(step, 0) for step in steps), sum(max(step, 0) for step in steps) + array.itemsize

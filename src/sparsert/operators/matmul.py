@@ -9,12 +9,25 @@ from typing import Any, NoReturn, Protocol
 import numpy as np
 
 from ..errors import AliasError, ShapeError, UnsupportedError
+from ..runtime.cpu import address_of
 from ..schedule.schedule import Schedule
 from ..schedule.task import Task
 from ..target import Target
-from .arrays import F32, Array, as_input, as_output, empty, overlaps, packed_columns, require_shape, same_view
+from .arrays import (
+    F32,
+    Array,
+    as_input,
+    as_output,
+    empty,
+    overlaps,
+    packed_columns,
+    reach,
+    require_shape,
+    same_view,
+)  # fmt: skip
 
 _SIGNATURES = 64
+_Passed = tuple[Callable[[int, int, int], None], int, int, int, int]
 
 
 class Product(Protocol):
@@ -23,6 +36,8 @@ class Product(Protocol):
     def load(self, values: Array, bias: Array | None) -> None: ...
 
     def run(self, x: Array, y: Array, r: Array | None, columns: int) -> None: ...
+
+    def bind(self, x: Array, y: Array, r: Array | None, columns: int) -> Callable[[int, int, int], None] | None: ...
 
 
 @dataclass(frozen=True)
@@ -64,9 +79,9 @@ class _Operator:
         self._compiled = compiled
         self._bias = bias
         self._pattern = compiled.task.pattern
-        # Shapes and strides of (x, out) that passed all checks and need no copies -> columns.
-        # Checking again would take a microsecond.
-        self._passed: dict[tuple[tuple[int, ...], ...], int] = {}
+        # Shapes and strides of (x, out) that passed all checks and need no copies: the call, and how far x and out
+        # reach from their addresses. Checking again would take longer than a small product.
+        self._passed: dict[tuple[tuple[int, ...], ...], _Passed] = {}
 
     @property
     def stats(self) -> Stats:
@@ -151,11 +166,21 @@ class _Operator:
         """Run at once if ``x`` and ``out`` are arrays like those of an earlier call."""
         if type(x) is not np.ndarray or type(out) is not np.ndarray or x.dtype is not F32 or out.dtype is not F32:
             return False
-        columns = self._passed.get((x.shape, x.strides, out.shape, out.strides))
-        if columns is None or not out.flags.writeable or overlaps(x, out):
+        passed = self._passed.get((x.shape, x.strides, out.shape, out.strides))
+        if passed is None or not out.flags.writeable:
             return False
-        self._compiled.product.run(x, out, None, columns)
+        call, x_low, x_high, y_low, y_high = passed
+        xa, ya = address_of(x), address_of(out)
+        if xa + x_low < ya + y_high and ya + y_low < xa + x_high:
+            return False
+        call(xa, ya, 0)
         return True
+
+    def _remember(self, x: Array, y: Array, columns: int) -> None:
+        """Let ``_again`` serve arrays like these."""
+        call = self._compiled.product.bind(x, y, None, columns)
+        if call is not None and len(self._passed) < _SIGNATURES:
+            self._passed[x.shape, x.strides, y.shape, y.strides] = (call, *reach(x), *reach(y))
 
     def _output(self, out: Any, shape: tuple[int, ...], x: Array) -> Array:
         y = as_output(out, shape)
@@ -197,8 +222,8 @@ class _Operator:
             y[...] = yp[:, :columns] if axis == 1 else yp[:columns]
             return
         direct = (axis == 0) == (self._compiled.task.layout == "transposed")
-        if r is None and target is y and direct and len(self._passed) < _SIGNATURES:
-            self._passed[x.shape, x.strides, y.shape, y.strides] = columns
+        if r is None and target is y and direct:
+            self._remember(x, y, columns)
         self._compiled.product.run(x, target, r, columns)
         if target is not y:
             y[...] = target
@@ -257,8 +282,8 @@ class CompiledMatmul(_Operator):
         if y.size:
             if r is not None and overlaps(r, y) and not same_view(r, y):
                 r = r.copy()
-            if r is None and len(self._passed) < _SIGNATURES:
-                self._passed[x.shape, x.strides, y.shape, y.strides] = x.shape[0] * self.tile
+            if r is None:
+                self._remember(x, y, x.shape[0] * self.tile)
             self._compiled.product.run(x, y, r, x.shape[0] * self.tile)
         return y
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import InternalError
 from ..kernels.arguments import SLOTS, Arg
 from ..kernels.matmul import Kernel
 from ..runtime.cpu import Executable, Frame, address_of
@@ -20,46 +24,80 @@ _KEPT_BYTES = 32 << 20  # and scratch
 _ALIGN_TILES = 4  # so many tiles a row must have for aligning its stores to pay
 
 
+class Binding:
+    """The product for arrays of one shape and pitch: what is left to say at a call is where they lie."""
+
+    __slots__ = ("executable", "free", "key", "owner", "unit", "values")
+
+    def __init__(self, product: NativeProduct, key: tuple[int, int, int, int]) -> None:
+        self.owner, self.key = weakref.ref(product), key  # no cycle: code is unmapped as soon as the operator is gone
+        self.executable, self.values = product.executable, product.values
+        self.free: dict[int, list[Frame]] = {}  # by how far y is off the alignment that its rows share
+        self.unit = product.target.tile_bytes if product.task.layout == "row_major" else 1
+
+    def call(self, xa: int, ya: int, ra: int) -> None:
+        """One call with x, y and the residual (0: none) at these addresses."""
+        # A residual that is y itself must be read before its element is written: no tile may overlap another then.
+        offset = ya % self.unit if ra != ya else 0
+        free = self.free.get(offset)
+        try:
+            frame = free.pop()  # type: ignore[union-attr]
+        except (AttributeError, IndexError):
+            owner = self.owner()
+            if owner is None:
+                raise InternalError("a call outlives its operator")
+            frame = owner.frame(self, offset)
+            free = self.free.setdefault(offset, [])
+        values, weights = self.values[0]  # held here: a refit meanwhile does not free what this call reads
+        frame.point(xa, ya, ra, weights)
+        self.executable.call(frame.address)
+        free.append(frame)  # type: ignore[union-attr]
+        del values
+
+
 class NativeProduct:
     """Machine code, packed values and free call frames. Any number of threads may call at once."""
 
     def __init__(self, task: Task, schedule: Schedule, target: Target, kernel: Kernel, executable: Executable) -> None:
         self.task, self.schedule, self.target, self.kernel = task, schedule, target, kernel
         self.executable = executable
-        self._values: tuple[Array, int] = (aligned_empty(0), 0)
-        self._frames: dict[tuple[int, ...], list[Frame]] = {}
+        self.values: list[tuple[Array, int]] = [
+            (aligned_empty(0), 0)
+        ]  # one entry, with its address, that all bindings see
+        self._bindings: dict[tuple[int, ...], Binding] = {}
         self._kept = 0  # bytes of scratch in frames, roughly: threads may count at once
 
     def load(self, values: Array, bias: Array | None) -> None:
         """Pack new values; calls under way keep the ones they started with."""
         packed = aligned_empty(max(self.kernel.plan.slots, 1))
         self.kernel.pack(values, bias, packed)
-        self._values = packed, address_of(packed)
+        self.values[0] = packed, address_of(packed)
 
-    def run(self, x: Array, y: Array, r: Array | None, columns: int) -> None:
-        """One call.
+    def bind(self, x: Array, y: Array, r: Array | None, columns: int) -> Callable[[int, int, int], None]:
+        """The call for arrays like these, by their addresses.
 
         ``columns``, at least the target's lanes, of row-major or transposed arrays whose innermost stride is one
         element, or whole tiles.
         """
-        xa, ya, ra = address_of(x), address_of(y), 0 if r is None else address_of(r)
-        # A residual that is y itself must be read before its element is written: no tile may overlap another then.
-        by_rows = self.task.layout == "row_major"
-        offset = ya % self.target.tile_bytes if by_rows and ra != ya else 0
-        key = (columns, x.strides[0], y.strides[0], 0 if r is None else r.strides[0], offset)
-        free = self._frames.setdefault(key, [])
-        try:
-            frame = free.pop()
-        except IndexError:
-            frame = self._frame(*key)
-            self._kept += frame.scratch.nbytes
-            if len(self._frames) > _SHAPES or self._kept > _KEPT_BYTES:  # forget other shapes; calls under way go on
-                self._frames, self._kept = {key: free}, frame.scratch.nbytes
-        values, weights = self._values  # held here: a refit meanwhile does not free what this call reads
-        frame.point(xa, ya, ra, weights)
-        self.executable.call(frame.address)
-        free.append(frame)
-        del values
+        key = (columns, x.strides[0], y.strides[0], 0 if r is None else r.strides[0])
+        binding = self._bindings.get(key)
+        return (Binding(self, key) if binding is None else binding).call
+
+    def run(self, x: Array, y: Array, r: Array | None, columns: int) -> None:
+        """One call; see :meth:`bind`."""
+        self.bind(x, y, r, columns)(address_of(x), address_of(y), 0 if r is None else address_of(r))
+
+    def frame(self, binding: Binding, offset: int) -> Frame:
+        """A new frame for ``binding``, which is known from now on; too many, or too large, and all are forgotten."""
+        frame = self._frame(*binding.key, offset)
+        self._kept += frame.scratch.nbytes
+        if len(self._bindings) >= _SHAPES or self._kept > _KEPT_BYTES:
+            for other in list(self._bindings.values()):
+                other.free.clear()
+            self._bindings.clear()
+            self._kept = frame.scratch.nbytes
+        self._bindings[binding.key] = binding
+        return frame
 
     def _frame(self, columns: int, x_pitch: int, y_pitch: int, r_pitch: int, offset: int) -> Frame:
         """An argument block for arrays of these shapes and pitches, all but the addresses filled in."""

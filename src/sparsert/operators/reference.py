@@ -23,6 +23,9 @@ class ReferenceProduct:
         """New values; calls under way keep the ones they started with."""
         self._loaded = values.astype(np.float64), bias
 
+    def bind(self, x: Array, y: Array, r: Array | None, columns: int) -> None:
+        """There is nothing to prepare."""
+
     def run(self, x: Array, y: Array, r: Array | None, columns: int) -> None:
         """The same contract as the native product: x, y and r as the task's layout says."""
         task, loaded = self.task, self._loaded
