@@ -39,20 +39,22 @@ class Binding:
         """One call with x, y and the residual (0: none) at these addresses."""
         # A residual that is y itself must be read before its element is written: no tile may overlap another then.
         offset = ya % self.unit if ra != ya else 0
-        free = self.free.get(offset)
+        free = self.free.setdefault(offset, [])
         try:
-            frame = free.pop()  # type: ignore[union-attr]
-        except (AttributeError, IndexError):
-            owner = self.owner()
-            if owner is None:
-                raise InternalError("a call outlives its operator")
-            frame = owner.frame(self, offset)
-            free = self.free.setdefault(offset, [])
+            frame = free.pop()
+        except IndexError:
+            frame = self._new_frame(offset)
         values, weights = self.values[0]  # held here: a refit meanwhile does not free what this call reads
         frame.point(xa, ya, ra, weights)
         self.executable.call(frame.address)
-        free.append(frame)  # type: ignore[union-attr]
+        free.append(frame)
         del values
+
+    def _new_frame(self, offset: int) -> Frame:
+        owner = self.owner()
+        if owner is None:
+            raise InternalError("a call outlives its operator")
+        return owner.frame(self, offset)
 
 
 class NativeProduct:
@@ -61,9 +63,8 @@ class NativeProduct:
     def __init__(self, task: Task, schedule: Schedule, target: Target, kernel: Kernel, executable: Executable) -> None:
         self.task, self.schedule, self.target, self.kernel = task, schedule, target, kernel
         self.executable = executable
-        self.values: list[tuple[Array, int]] = [
-            (aligned_empty(0), 0)
-        ]  # one entry, with its address, that all bindings see
+        # One entry, which all bindings see: the packed values and their address.
+        self.values: list[tuple[Array, int]] = [(aligned_empty(0), 0)]
         self._bindings: dict[tuple[int, ...], Binding] = {}
         self._kept = 0  # bytes of scratch in frames, roughly: threads may count at once
 
