@@ -70,16 +70,21 @@ class Blocks:
         b.place(top)
         x.point(b, S.X)
         b.emit("s_arg", d=S.W, disp=Arg.W.byte)
-        if not first:
+        if not first and not p.folds:
             sums.point(b, S.Y)
             b.emit_many("load", n, d=accumulators, **partial)
-        elif task.bias:
+        elif first and task.bias:
             b.emit_many("bcast", n, d=accumulators, ptr=S.W, disp=p.bias_slot[span] * 4)
         else:
             b.emit_many("zero", n, d=accumulators)
         b.emit_many(
             c.op[body], body.stop - body.start, c.d[body], c.a[body], c.b[body], c.ptr[body], c.step[body], c.disp[body]
         )
+        if not first and p.folds:
+            sums.point(b, S.Y)
+            for accumulator, disp in enumerate((rows * self.target.tile_bytes).tolist()):
+                b.emit("load", d=n, ptr=S.Y, disp=disp)
+                b.emit("add", d=accumulator, a=accumulator, b=n)
         if last:
             self._finish(b, rows, r, y)
         else:

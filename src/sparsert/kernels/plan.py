@@ -12,6 +12,7 @@ from ..sparsity.partition import row_blocks
 from ..sparsity.taps import Taps
 
 _SHORT = 1 << 16  # keys below sort by radix
+FOLD_TAPS = 4096  # the longest sum of float32 products whose rounding stays well inside the promised bound
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +26,7 @@ class Plan:
             vector of x.
         value_slot: (n,) where each tap's values lie in the packed array, in 32-bit slots (one float32, two bfloat16 or
             four int8); ``bias_slot``: (rows,) by position.
+        folds: each segment is summed by itself and added to those before, instead of going on from their sum.
     """
 
     blocks: NDArray[np.int64]
@@ -36,6 +38,7 @@ class Plan:
     value_slot: NDArray[np.int64]
     bias_slot: NDArray[np.int64]
     slots: int
+    folds: bool
 
     @property
     def segments(self) -> int:
@@ -49,7 +52,8 @@ def plan(taps: Taps, extent: int, order: NDArray[np.int64], schedule: Schedule, 
     """
     blocks = row_blocks(taps.rows, schedule.rows, unit)
     n_blocks = blocks.size - 1
-    width = schedule.k_segment or max(extent, 1)
+    fold = _fold_width(taps, extent)
+    width = fold or schedule.k_segment or max(extent, 1)
     segments = max(1, -(-extent // width))
     position = np.empty(taps.rows, np.int64)
     position[order] = np.arange(taps.rows)
@@ -71,7 +75,17 @@ def plan(taps: Taps, extent: int, order: NDArray[np.int64], schedule: Schedule, 
     value_slot = np.arange(place.size) + np.repeat(shift, np.diff(cuts))
     bias_slot = np.arange(taps.rows) + cuts[:-1][block_of] if bias else np.zeros(0, np.int64)
     return Plan(blocks, order, cuts, executed, accumulator[executed], fresh, value_slot, bias_slot,
-                int(place.size + (taps.rows if bias else 0)))  # fmt: skip
+                int(place.size + (taps.rows if bias else 0)), fold > 0)  # fmt: skip
+
+
+def _fold_width(taps: Taps, extent: int) -> int:
+    """Input rows per fold, 0 for none.
+
+    One running sum over tens of thousands of products of one sign would drift beyond the error bound. Such rows are
+    summed in pieces, whose borders depend on the pattern alone: results stay the same under every schedule.
+    """
+    most = int(np.bincount(taps.row).max()) if extent > FOLD_TAPS and len(taps) else 0
+    return -(-extent // -(-2 * most // FOLD_TAPS)) if most > FOLD_TAPS else 0
 
 
 def _lexsort(*keys: NDArray[np.int64]) -> NDArray[np.int64]:
