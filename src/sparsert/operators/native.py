@@ -27,18 +27,19 @@ _ALIGN_TILES = 4  # so many tiles a row must have for aligning its stores to pay
 class Binding:
     """The product for arrays of one shape and pitch: what is left to say at a call is where they lie."""
 
-    __slots__ = ("executable", "free", "key", "owner", "unit", "values")
+    __slots__ = ("by_x", "executable", "free", "key", "owner", "unit", "values")
 
     def __init__(self, product: NativeProduct, key: tuple[int, int, int, int]) -> None:
         self.owner, self.key = weakref.ref(product), key  # no cycle: code is unmapped as soon as the operator is gone
         self.executable, self.values = product.executable, product.values
-        self.free: dict[int, list[Frame]] = {}  # by how far y is off the alignment that its rows share
+        self.free: dict[int, list[Frame]] = {}  # by how far x or y is off the alignment that its rows share
         self.unit = product.target.tile_bytes if product.task.layout == "row_major" else 1
+        self.by_x = product.aligns_x
 
     def call(self, xa: int, ya: int, ra: int) -> None:
         """One call with x, y and the residual (0: none) at these addresses."""
         # A residual that is y itself must be read before its element is written: no tile may overlap another then.
-        offset = ya % self.unit if ra != ya else 0
+        offset = (xa if self.by_x else ya) % self.unit if ra != ya else 0
         free = self.free.setdefault(offset, [])
         try:
             frame = free.pop()
@@ -65,6 +66,10 @@ class NativeProduct:
         self.executable = executable
         # One entry, which all bindings see: the packed values and their address.
         self.values: list[tuple[Array, int]] = [(aligned_empty(0), 0)]
+        # Where x is read in place, more vectors of it may be loaded than stored of y: then its rows get aligned.
+        m, k = task.pattern.shape
+        blocks = kernel.plan.blocks.size - 1
+        self.aligns_x = not schedule.packed and 2 * k * blocks > 3 * m
         self._bindings: dict[tuple[int, ...], Binding] = {}
         self._kept = 0  # bytes of scratch in frames, roughly: threads may count at once
 
@@ -110,11 +115,11 @@ class NativeProduct:
             "transposed": tuple(lanes * pitch for pitch in pitches),
             "tile_major": (k * width, m * width, m * width),
         }[task.layout]
-        start = 0
-        if task.layout == "row_major" and offset % 4 == 0 and y_pitch % width == 0 and columns >= _ALIGN_TILES * lanes:
-            start = (
-                -offset
-            )  # all rows of y share their alignment: the second tile starts where stores no longer cross cache lines
+        # Rows whose pitch is a multiple of a tile share their alignment: with the first tile shifted, those behind it
+        # no longer cross cache lines.
+        shared = (x_pitch if self.aligns_x else y_pitch) % width == 0
+        long = columns >= _ALIGN_TILES * lanes
+        start = -offset if task.layout == "row_major" and shared and long and offset % 4 == 0 else 0
         tiles = -(-(4 * columns - start) // width)
         group = tiles_per_group(task, self.schedule, self.target, tiles)
         frame = Frame(SLOTS, sum(self._panels().values()) * group * lanes)
