@@ -288,6 +288,7 @@ class Interpreted:
                 memory[f"{name}[{i}]"] = memory_at(address_of(whole[i]), 4 * whole.shape[1])
         for slot, rows in self.panels().items():
             memory[slot.name] = memory_at(int(slots[slot]), rows * self.target.tile_bytes * int(slots[Arg.GROUP]))
+        memory["DISCARD"] = memory_at(int(slots[Arg.DISCARD]), self.kernel.discarded * self.target.tile_bytes)
         run(self.kernel.program, self.target.lanes, slots, memory)
 
     def panels(self) -> dict[Arg, int]:

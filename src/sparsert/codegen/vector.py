@@ -47,7 +47,7 @@ class S(IntEnum):
     K = 10
     TMP = 11
     CONST = 12  # the constant pool
-    CODE = 13  # where to prefetch code from
+    PANEL = 13  # what runs along beside x: a panel it is packed into, or the code that comes next
 
 
 PITCH_OF = {S.X: S.PX, S.Y: S.PY}

@@ -2,26 +2,31 @@
 
 An input vector is loaded once per distinct displacement of a block and serves every tap there; a tap is one fused
 multiply-add whose weight is broadcast from memory. The code holds the pattern; values are data behind pointer W
-(design note 0005).
+(design note 0005). The first tap of an accumulator stores what the turn before left in it and starts it anew.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..codegen.vector import OP, S
+from ..codegen.vector import COLUMNS, OP, Columns, S
 from ..schedule.schedule import Schedule
 from ..sparsity.taps import Taps
 from ..target import Target
 from .epilogue import INPUT_REGISTERS
+from .handover import Handover
 from .plan import Plan
 
-PREFETCH = {S.CODE: 16, S.K: 40}
+PREFETCH = {S.PANEL: 16, S.K: 40}
 """Which pointers run ahead, and every how many taps: the code of a tap takes some 10 bytes, its value 4."""
 LINE = 64  # bytes of a cache line
+
+
+Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -29,69 +34,97 @@ class Body:
     """Columns of the accumulate rows of the whole layer.
 
     Attributes:
+        columns: by name, as :meth:`~sparsert.codegen.vector.Builder.emit_many` takes them.
         cuts: (cells + 1,) rows at which the cells, blocks of segments, begin.
+        idle: (cells, rows per block) the accumulators no tap of a cell touches.
+        copied: per cell that packs, the input rows that others read from the panel, but no tap of its own loads.
         lines: per pointer that runs ahead, (cells,) how many lines each cell prefetches through it.
     """
 
-    op: NDArray[np.uint8]
-    d: NDArray[np.int16]
-    a: NDArray[np.int16]
-    b: NDArray[np.int16]
-    ptr: NDArray[np.int8]
-    step: NDArray[np.int32]
-    disp: NDArray[np.int64]
-    cuts: NDArray[np.int64]
-    lines: dict[S, NDArray[np.int64]]
+    columns: Columns
+    cuts: Ints
+    idle: NDArray[np.bool_]
+    copied: dict[int, Ints]
+    lines: dict[S, Ints]
 
 
-def accumulate(taps: Taps, p: Plan, schedule: Schedule, target: Target, tiled: bool) -> Body:
+def accumulate(
+    taps: Taps, p: Plan, schedule: Schedule, target: Target, tiled: bool, packs: bool, handover: Handover
+) -> Body:
     """Loads and multiply-adds of every block at once: array operations only, whatever the number of nonzeros.
 
-    With ``schedule.prefetch``, taps touch the code and the values that follow line by line: four tiles cover a block
-    of equal size.
+    With ``tiled``, x is read tile by tile and every displacement is a constant; with ``packs``, from a panel, to which
+    the first block of every segment stores what it loads from where the caller has it. With ``schedule.prefetch``, the
+    taps of the others touch the code and the values that follow line by line: four tiles cover a block of equal size.
     """
     broadcast = 0 if target.embedded_broadcast else 1
     n = p.taps.size
+    cells = np.repeat(np.arange(p.cuts.size - 1), np.diff(p.cuts))
+    begins, idle = _first(cells * schedule.rows + p.accumulator, (p.cuts.size - 1, schedule.rows))
+    cell, started = cells[begins], p.accumulator[begins]
+    stores = started < handover.deferred
+    k, loaded = taps.pitch[p.taps].astype(np.int64), np.flatnonzero(p.fresh)
+    packing = cells % p.n_blocks == 0 if packs else np.zeros(n, bool)
+    kept, copied = _panel_rows(p, k, packing, loaded[packing[loaded]]) if packs else (loaded[:0], {})
     per_tap = p.fresh + np.int64(1 + broadcast)
-    touching = [np.arange(every - 1, n if schedule.prefetch else 0, every) for every in PREFETCH.values()]
+    per_tap[kept] += 1
+    running = np.flatnonzero(~packing) if schedule.prefetch else loaded[:0]
+    touching = [running[every - 1 :: every] for every in PREFETCH.values()]
     for touched in touching:
         per_tap[touched] += 1
+    per_tap[begins] += 1 + stores
     end = np.cumsum(per_tap)
     total = int(end[-1]) if n else 0
-    op, d, a, b = (
-        np.empty(total, np.uint8),
-        np.zeros(total, np.int16),
-        np.zeros(total, np.int16),
-        np.zeros(total, np.int16),
-    )
-    ptr, step, disp = np.full(total, S.W, np.int8), np.zeros(total, np.int32), np.zeros(total, np.int64)
+    c: Columns = {name: np.zeros(total, kind) for name, kind in COLUMNS.items()}
+    c["ptr"][:] = S.W
     first_input, weight = schedule.rows, schedule.rows + INPUT_REGISTERS
     turn = np.cumsum(p.fresh, dtype=np.int32) % INPUT_REGISTERS
     source = (first_input + turn).astype(np.int16)
-    k = taps.pitch[p.taps]
-    loaded, at = np.flatnonzero(p.fresh), end - per_tap
-    lines: dict[S, NDArray[np.int64]] = {}
+    at = end - per_tap
+    lines: dict[S, Ints] = {}
+
+    def put(taps: Ints, **columns: Any) -> None:
+        """The next row of each of ``taps``."""
+        row, at[taps] = at[taps], at[taps] + 1
+        for name, column in columns.items():
+            c[name][row] = column
+
     for pointer, touched in zip(PREFETCH, touching, strict=True):
-        row, at[touched] = at[touched], at[touched] + 1
-        op[row], ptr[row] = OP["prefetch"], pointer
         first = np.searchsorted(touched, p.cuts)  # the first line of every cell
         lines[pointer] = np.diff(first)
-        disp[row] = (np.arange(touched.size) - np.repeat(first[:-1], lines[pointer])) * LINE
-    row = at[loaded]
-    op[row], d[row], ptr[row] = OP["load"], source[loaded], S.X
-    if tiled:
-        disp[row] = k[loaded].astype(np.int64) * target.tile_bytes
-    else:
-        step[row] = k[loaded]
+        line = np.arange(touched.size) - np.repeat(first[:-1], lines[pointer])
+        put(touched, op=OP["prefetch"], ptr=pointer, disp=line * LINE)
+    in_place = packing[loaded] if tiled else np.ones(loaded.size, bool)
+    steps = np.where(in_place, k[loaded], 0)
+    put(loaded, op=OP["load"], d=source[loaded], ptr=S.X, step=steps, disp=(k[loaded] - steps) * target.tile_bytes)
+    put(kept, op=OP["store"], a=source[kept], ptr=S.PANEL, disp=k[kept] * target.tile_bytes)
+    put(begins[stores], **handover.store(cell[stores], started[stores]))
+    put(begins, **handover.start(cell, started))
     slot_bytes = p.value_slot * 4
-    if broadcast:
-        row = end - 2
-        op[row], d[row], disp[row] = OP["bcast"], weight, slot_bytes
     row = end - 1
-    op[row], d[row], a[row] = OP["fma_acc" if broadcast else "fma_bcast"], p.accumulator, source
     if broadcast:
-        b[row] = weight
+        c["op"][row - 1], c["d"][row - 1], c["disp"][row - 1] = OP["bcast"], weight, slot_bytes
+        c["b"][row] = weight
     else:
-        disp[row] = slot_bytes
-    cuts = np.concatenate([[0], end])[p.cuts]
-    return Body(op, d, a, b, ptr, step, disp, cuts, lines)
+        c["disp"][row] = slot_bytes
+    c["op"][row], c["d"][row], c["a"][row] = OP["fma_acc" if broadcast else "fma_bcast"], p.accumulator, source
+    return Body(c, np.concatenate([[0], end])[p.cuts], idle, copied, lines)
+
+
+def _panel_rows(p: Plan, k: Ints, packing: NDArray[np.bool_], loaded: Ints) -> tuple[Ints, dict[int, Ints]]:
+    """Which of ``loaded``, the taps that load x in packing cells, load rows that others need; and what they miss."""
+    missing = np.zeros(int(k.max(initial=-1)) + 1, bool)
+    missing[k[~packing]] = True
+    kept = loaded[missing[k[loaded]]]
+    missing[k[kept]] = False
+    rows = np.flatnonzero(missing)
+    segment = rows // p.width
+    return kept, {int(s) * p.n_blocks: rows[segment == s] for s in np.unique(segment)}
+
+
+def _first(key: Ints, shape: tuple[int, int]) -> tuple[Ints, NDArray[np.bool_]]:
+    """Where each value of ``key`` occurs first, in rising order, and which of ``shape`` values never do."""
+    at = np.full(shape, key.size)
+    at.reshape(-1)[key[::-1]] = np.arange(key.size)[::-1]  # of several, the last assignment stays
+    idle = at == key.size
+    return np.sort(at[~idle]), idle

@@ -45,15 +45,19 @@ class Arg(IntEnum):
     R_PANEL = auto()
     Y_PANEL = auto()
     PARTIAL = auto()
+    DISCARD = auto()  # and scratch that nobody reads
     LEFT = auto()  # from here on: variables of the kernel. Tiles left, tiles of this group
     COUNT = auto()
     X_NEXT = auto()  # offsets of the group's first tile
     Y_NEXT = auto()
     R_NEXT = auto()
     XT = auto()  # offsets of the current tile
+    PANEL_T = auto()
     YT = auto()
     RT = auto()
     PT = auto()
+    BEHIND = auto()  # address and pitch of results that wait in the accumulators
+    BEHIND_PITCH = auto()
 
     @property
     def byte(self) -> int:

@@ -10,12 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..codegen.registers import Template
-from ..codegen.vector import Builder, S
+from ..codegen.vector import OP, Builder, S
+from ..schedule.schedule import Schedule
 from ..schedule.task import Task
 from ..target import Target
 from . import epilogue
 from .accumulate import LINE, Body
 from .arguments import Arg
+from .epilogue import INPUT_REGISTERS
+from .handover import Handover
 from .layout import TRANSPOSED_Y, Cursor, load_multiples, scatter
 from .plan import Plan
 
@@ -26,20 +29,23 @@ class Blocks:
 
     task: Task
     target: Target
+    schedule: Schedule
     plan: Plan
     body: Body
-    tiled: bool  # x is read tile-major: every displacement is a constant
+    tiled: bool  # x is read tile by tile,
+    packs: bool  # from a panel that the first block of a segment fills
     finish: Template | None
+    handover: Handover
     scatters: bool  # transposed output is written from the accumulators, without a panel in between
 
     def emit(self, b: Builder) -> None:
-        p, blocks = self.plan, self.plan.blocks.size - 1
-        if not self.tiled or self.scatters:
+        p, blocks = self.plan, self.plan.n_blocks
+        if not self.tiled or self.packs or self.scatters:
             load_multiples(b, Arg.Y_PITCH if self.scatters else Arg.X_PITCH)
         here = b.label()
         for cell in range(p.segments * blocks):
             first, last = cell < blocks, cell >= (p.segments - 1) * blocks
-            if first or last or self.body.cuts[cell + 1] > self.body.cuts[cell]:
+            if first or last or cell in self.body.copied or self.body.cuts[cell + 1] > self.body.cuts[cell]:
                 following = b.label()
                 b.place(here)
                 self._block(b, cell, cell % blocks, first, last, following)
@@ -53,70 +59,92 @@ class Blocks:
         body = slice(int(c.cuts[cell]), int(c.cuts[cell + 1]))
         rows = p.order[span]
         n = rows.size
-        accumulators = np.arange(n)
-        partial = {"ptr": S.Y, "disp": rows * self.target.tile_bytes}
         x, y, r, sums = self._cursors
+        packing = self.packs and block == 0
         cursors = (
-            [x] + ([y] if last else []) + ([r] if last and task.residual else []) + ([] if first and last else [sums])
+            ([self._in_place, x] if packing else [x])
+            + ([y] if last else [])
+            + ([r] if last and task.residual else [])
+            + ([] if first and last else [sums])
         )
         shown = ", ".join(map(str, rows[:4].tolist())) + (" ..." if n > 4 else "")
-        segment = f", segment {cell // (p.blocks.size - 1)}" if p.segments > 1 else ""
+        segment = f", segment {cell // (p.n_blocks)}" if p.segments > 1 else ""
         top = b.label(f"rows {shown}{segment}")
+        if not self.handover.chained:
+            self.handover.open(b)
         self._run_ahead(b, cell, following)
         for cursor in cursors:
             cursor.rewind(b)
         b.emit("s_arg", d=S.T, disp=Arg.COUNT.byte)
         b.emit("align", disp=16)
         b.place(top)
-        x.point(b, S.X)
+        if packing:
+            self._in_place.point(b, S.X)
+            x.point(b, S.PANEL)
+            self._copy(b, c.copied.get(cell, np.zeros(0, np.int64)))
+        else:
+            x.point(b, S.X)
         b.emit("s_arg", d=S.W, disp=Arg.W.byte)
         if not first and not p.folds:
-            sums.point(b, S.Y)
-            b.emit_many("load", n, d=accumulators, **partial)
-        elif first and task.bias:
-            b.emit_many("bcast", n, d=accumulators, ptr=S.W, disp=p.bias_slot[span] * 4)
-        else:
-            b.emit_many("zero", n, d=accumulators)
-        b.emit_many(
-            c.op[body], body.stop - body.start, c.d[body], c.a[body], c.b[body], c.ptr[body], c.step[body], c.disp[body]
-        )
+            sums.point(b, S.CONST)
+        self.handover.begin(b)
+        idle = np.flatnonzero(c.idle[cell, :n])
+        if idle.size:
+            self.handover.renew(b, cell, idle)
+        b.emit_many(n=body.stop - body.start, **{name: column[body] for name, column in c.columns.items()})
         if not first and p.folds:
             sums.point(b, S.Y)
             for accumulator, disp in enumerate((rows * self.target.tile_bytes).tolist()):
                 b.emit("load", d=n, ptr=S.Y, disp=disp)
                 b.emit("add", d=accumulator, a=accumulator, b=n)
-        if last:
-            self._finish(b, rows, r, y)
+        if not last:
+            self.handover.end(b, cell, sums, None)
         else:
-            sums.point(b, S.Y)
-            b.emit_many("store", n, a=accumulators, **partial)
+            self._finish(b, cell, rows, r, y)
         for cursor in cursors:
             cursor.advance(b)
         for pointer, lines in c.lines.items():
             if lines[cell]:
                 b.emit("s_addi", d=pointer, disp=int(lines[cell]) * LINE)
         b.emit("loop", a=S.T, disp=top)
+        if not self.handover.chained:
+            self.handover.close(b, cell)
 
     def _run_ahead(self, b: Builder, cell: int, following: int) -> None:
         """Point at the code and the values that come after this cell's, where it prefetches any."""
         p, end = self.plan, int(self.plan.cuts[cell + 1])
         if any(lines[cell] for lines in self.body.lines.values()):
-            b.emit("s_code", d=S.CODE, disp=following)
+            b.emit("s_code", d=S.PANEL, disp=following)
             b.emit("s_arg", d=S.K, disp=Arg.W.byte)
             b.emit("s_addi", d=S.K, disp=4 * int(p.value_slot[end] if end < p.taps.size else p.slots))
 
-    def _finish(self, b: Builder, rows: NDArray[np.int64], r: Cursor, y: Cursor) -> None:
+    def _copy(self, b: Builder, k: NDArray[np.int64]) -> None:
+        """Rows ``k`` of x to the panel."""
+        register = np.repeat(self.schedule.rows + np.arange(k.size) % INPUT_REGISTERS, 2)
+        stores = np.tile([False, True], k.size)
+        k = np.repeat(k, 2)
+        b.emit_many(
+            np.where(stores, OP["store"], OP["load"]), k.size, register, register, 0,
+            np.where(stores, S.PANEL, S.X), np.where(stores, 0, k), np.where(stores, k * self.target.tile_bytes, 0),
+        )  # fmt: skip
+
+    def _finish(self, b: Builder, cell: int, rows: NDArray[np.int64], r: Cursor, y: Cursor) -> None:
         """Epilogue and output of a block that has all its taps."""
         n = rows.size
         if self.finish is not None:
-            where = self._by_rows(b, r, Arg.R_PITCH, rows) if self.task.residual else {}
+            where = self._residual(b, r, rows) if self.task.residual else {}
             epilogue.apply(b, self.finish, n, where)
         if self.scatters:
             y.point(b, S.X)
             b.emit("s_addi", d=S.X, disp=4 * int(rows[0]))
             scatter(b, self.target, n)
         else:
-            b.emit_many("store", n, a=np.arange(n), **self._by_rows(b, y, Arg.Y_PITCH, rows))
+            self.handover.end(b, cell, y, Arg.Y_PITCH)
+
+    @cached_property
+    def _in_place(self) -> Cursor:
+        """Over the tiles of x in rows of the caller's."""
+        return Cursor(Arg.XT, Arg.X, Arg.X_NEXT, self.target.tile_bytes, Arg.X_LAST)
 
     @cached_property
     def _cursors(self) -> tuple[Cursor, Cursor, Cursor, Cursor]:
@@ -134,21 +162,17 @@ class Blocks:
             x, r = Cursor(Arg.XT, Arg.PANEL, Arg.ZERO, columns), Cursor(Arg.RT, Arg.R_PANEL, Arg.ZERO, rows)
             y = TRANSPOSED_Y if self.scatters else Cursor(Arg.YT, Arg.Y_PANEL, Arg.ZERO, rows)
         else:
-            x = (
-                Cursor(Arg.XT, Arg.PANEL, Arg.ZERO, columns)
-                if self.tiled
-                else Cursor(Arg.XT, Arg.X, Arg.X_NEXT, tile, Arg.X_LAST)
-            )
+            x = Cursor(Arg.PANEL_T, Arg.PANEL, Arg.ZERO, columns) if self.packs else self._in_place
             y, r = (
                 Cursor(Arg.YT, Arg.Y, Arg.Y_NEXT, tile, Arg.Y_LAST),
                 Cursor(Arg.RT, Arg.R, Arg.R_NEXT, tile, Arg.R_LAST),
             )
         return x, y, r, partial
 
-    def _by_rows(self, b: Builder, cursor: Cursor, pitch: Arg, rows: NDArray[np.int64]) -> dict[str, Any]:
-        """Point Y at the tile of an array with one row per output; say where each accumulator's vector lies in it."""
-        cursor.point(b, S.Y)
+    def _residual(self, b: Builder, r: Cursor, rows: NDArray[np.int64]) -> dict[str, Any]:
+        """Point Y at the tile of the residual; say where each accumulator's vector lies in it."""
+        r.point(b, S.Y)
         if self.task.layout != "row_major":
             return {"ptr": S.Y, "step": 0, "disp": rows * self.target.tile_bytes}
-        b.emit("s_arg", d=S.PY, disp=pitch.byte)
+        b.emit("s_arg", d=S.PY, disp=Arg.R_PITCH.byte)
         return {"ptr": S.Y, "step": rows}

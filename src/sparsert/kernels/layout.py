@@ -12,8 +12,6 @@ from ..codegen.vector import OP, Builder, S
 from ..target import Target
 from .arguments import Arg
 
-_STRIP = 8  # rows copied per turn of the loop
-
 
 def load_multiples(b: Builder, pitch: Arg) -> None:
     """The pitch in slot ``pitch`` and its multiples into the registers that go with pointer X."""
@@ -61,47 +59,6 @@ TRANSPOSED_X = Cursor(Arg.XT, Arg.X, Arg.X_NEXT, Arg.X_TILE, Arg.X_LAST)
 TRANSPOSED_Y = Cursor(Arg.YT, Arg.Y, Arg.Y_NEXT, Arg.Y_TILE, Arg.Y_LAST)
 TRANSPOSED_R = Cursor(Arg.RT, Arg.R, Arg.R_NEXT, Arg.R_TILE, Arg.R_LAST)
 """The caller's arrays where a tile is so many of their rows."""
-
-
-def pack_rows(b: Builder, target: Target, extent: int) -> None:
-    """PANEL[t][k][:] = x[k, columns of tile t] for the tiles of this group.
-
-    Strips of eight rows walk along their columns, so that every load moves by a tile and the hardware prefetcher sees
-    eight streams.
-    """
-    load_multiples(b, Arg.X_PITCH)
-    cursor = Cursor(Arg.XT, Arg.X, Arg.X_NEXT, target.tile_bytes, Arg.X_LAST)
-    b.emit("s_set", d=S.W, disp=0)  # the strip's offset in x
-    b.emit("s_arg", d=S.CONST, disp=Arg.PANEL.byte)
-    if extent >= _STRIP:
-        turn = b.label("pack x")
-        b.emit("s_set", d=S.K, disp=extent // _STRIP)
-        b.place(turn)
-        _pack_strip(b, target, cursor, extent, _STRIP)
-        for step in (S.PX7, S.PX):
-            b.emit("s_add", d=S.W, a=step)
-        b.emit("s_addi", d=S.CONST, disp=_STRIP * target.tile_bytes)
-        b.emit("loop", a=S.K, disp=turn)
-    if extent % _STRIP:
-        _pack_strip(b, target, cursor, extent, extent % _STRIP)
-
-
-def _pack_strip(b: Builder, target: Target, cursor: Cursor, extent: int, rows: int) -> None:
-    """``rows`` rows, all tiles of the group, to the panel rows at CONST."""
-    tile = b.label()
-    cursor.rewind(b)
-    b.emit("s_mov", d=S.Y, a=S.CONST)
-    b.emit("s_arg", d=S.T, disp=Arg.COUNT.byte)
-    b.place(tile)
-    cursor.point(b, S.X)
-    b.emit("s_add", d=S.X, a=S.W)
-    for i in range(rows):
-        b.emit("load", d=i, ptr=S.X, step=i)
-    for i in range(rows):
-        b.emit("store", a=i, ptr=S.Y, disp=i * target.tile_bytes)
-    b.emit("s_addi", d=S.Y, disp=extent * target.tile_bytes)
-    cursor.advance(b)
-    b.emit("loop", a=S.T, disp=tile)
 
 
 def pack_transposed(b: Builder, target: Target, extent: int, cursor: Cursor, pitch: Arg, panel: Arg) -> None:

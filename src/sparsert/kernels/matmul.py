@@ -17,6 +17,7 @@ from . import epilogue, layout
 from .accumulate import accumulate
 from .arguments import Arg
 from .blocks import Blocks
+from .handover import Handover
 from .layout import Cursor
 from .plan import Plan, plan
 
@@ -28,6 +29,7 @@ class Kernel:
     Attributes:
         x_loads: vectors of x loaded per column tile.
         scatters: transposed output leaves the accumulators directly, no output panel is needed.
+        discarded: vectors of scratch that may be overwritten at any time.
     """
 
     program: Program
@@ -35,6 +37,7 @@ class Kernel:
     taps: Taps
     x_loads: int
     scatters: bool
+    discarded: int
 
     def pack(self, values: NDArray[np.float32], bias: NDArray[np.float32] | None, out: NDArray[np.float32]) -> None:
         """Values of the pattern (CSR order) and biases into ``out`` (plan.slots,), the array behind Arg.W."""
@@ -69,8 +72,11 @@ def generate(task: Task, schedule: Schedule, target: Target) -> Kernel:
     scatters = _scatters(task) and schedule.order == "natural" and schedule.rows >= 4
     p = plan(taps, extent, order, schedule, task.bias, 4 if scatters else 1)
     b = Builder()
-    tiled = schedule.packed or task.layout != "row_major"
-    body = accumulate(taps, p, schedule, target, tiled)
+    packs = schedule.packed and task.layout == "row_major"
+    tiled = packs or task.layout != "row_major"
+    handover = _handover(task, schedule, target, p, scatters)
+    transposes = task.layout == "transposed"  # between groups, which overwrites what waits in the accumulators
+    body = accumulate(taps, p, schedule, target, tiled, packs, handover)
     done, group = b.label("done"), b.label("next group of tiles")
     b.emit("enter")
     for source, variable in (
@@ -81,6 +87,8 @@ def generate(task: Task, schedule: Schedule, target: Target) -> Kernel:
     ):
         b.emit("s_arg", d=S.TMP, disp=source.byte)
         b.emit("s_put", a=S.TMP, disp=variable.byte)
+    if handover.chained and not transposes:
+        handover.open(b)
     b.place(group)
     b.emit("s_arg", d=S.T, disp=Arg.LEFT.byte)
     b.emit("jump_zero", a=S.T, disp=done)
@@ -90,9 +98,13 @@ def generate(task: Task, schedule: Schedule, target: Target) -> Kernel:
         layout.pack_transposed(b, target, extent, layout.TRANSPOSED_X, Arg.X_PITCH, Arg.PANEL)
         if task.residual:
             layout.pack_transposed(b, target, rows, layout.TRANSPOSED_R, Arg.R_PITCH, Arg.R_PANEL)
-    elif tiled and task.layout == "row_major":
-        layout.pack_rows(b, target, extent)
-    Blocks(task, target, p, body, tiled, epilogue.template(task, target, b), scatters).emit(b)
+    if handover.chained and transposes:
+        handover.open(b)
+    Blocks(task, target, schedule, p, body, tiled, packs, epilogue.template(task, target, b), handover, scatters).emit(
+        b
+    )
+    if handover.chained and transposes:
+        handover.close(b)
     if task.layout == "transposed" and not scatters:
         layout.unpack_transposed(b, target, rows, layout.TRANSPOSED_Y, Arg.Y_PITCH, Arg.Y_PANEL)
     for next_group, step in ((Arg.X_NEXT, Arg.X_GROUP), (Arg.Y_NEXT, Arg.Y_GROUP), (Arg.R_NEXT, Arg.R_GROUP)):
@@ -103,7 +115,17 @@ def generate(task: Task, schedule: Schedule, target: Target) -> Kernel:
     b.emit("s_put", a=S.T, disp=Arg.LEFT.byte)
     b.emit("jump", disp=group)
     b.place(done)
+    if handover.chained and not transposes:
+        handover.close(b)
     b.emit("leave")
     program = b.finish()
     check(program)
-    return Kernel(program, p, taps, int(np.count_nonzero(p.fresh)), scatters)
+    return Kernel(program, p, taps, int(np.count_nonzero(p.fresh)), scatters, handover.discarded)
+
+
+def _handover(task: Task, schedule: Schedule, target: Target, p: Plan, scatters: bool) -> Handover:
+    """Results wait for the next turn unless they are transposed in registers, or a block has one turn only."""
+    chained = schedule.order == "natural" and not scatters and p.blocks.size > 1
+    if chained:
+        return Handover(task, target, p, int(np.diff(p.blocks).min()), True)
+    return Handover(task, target, p, 0 if scatters or schedule.tiles == 1 else schedule.rows, False)

@@ -21,7 +21,7 @@ from ..target import Target
 Array = NDArray[np.float32]
 _SHAPES = 32  # shapes and pitches whose frames are kept,
 _KEPT_BYTES = 32 << 20  # and scratch
-_ALIGN_TILES = 4  # so many tiles a row must have for aligning its stores to pay
+_ALIGN_TILES = 12  # so many tiles a row must have for aligning to pay, which costs one more
 
 
 class Binding:
@@ -66,10 +66,9 @@ class NativeProduct:
         self.executable = executable
         # One entry, which all bindings see: the packed values and their address.
         self.values: list[tuple[Array, int]] = [(aligned_empty(0), 0)]
-        # Where x is read in place, more vectors of it may be loaded than stored of y: then its rows get aligned.
+        # More vectors of x may be loaded where the caller has it than stored of y: then its rows get aligned.
         m, k = task.pattern.shape
-        blocks = kernel.plan.blocks.size - 1
-        self.aligns_x = not schedule.packed and 2 * k * blocks > 3 * m
+        self.aligns_x = k * (1 if schedule.packed else kernel.plan.n_blocks) >= m
         self._bindings: dict[tuple[int, ...], Binding] = {}
         self._kept = 0  # bytes of scratch in frames, roughly: threads may count at once
 
@@ -122,7 +121,8 @@ class NativeProduct:
         start = -offset if task.layout == "row_major" and shared and long and offset % 4 == 0 else 0
         tiles = -(-(4 * columns - start) // width)
         group = tiles_per_group(task, self.schedule, self.target, tiles)
-        frame = Frame(SLOTS, sum(self._panels().values()) * group * lanes)
+        panels = {slot: rows * group for slot, rows in self._panels().items()} | {Arg.DISCARD: self.kernel.discarded}
+        frame = Frame(SLOTS, sum(panels.values()) * lanes)
         s = frame.slots
         s[Arg.X_LAST : Arg.X_PITCH] = [(columns - lanes) * step // lanes for step in steps]
         s[Arg.X_PITCH : Arg.X_TILE] = [pitch * n for pitch in pitches for n in (1, 3, 5, 7)]
@@ -130,9 +130,9 @@ class NativeProduct:
         s[Arg.X_GROUP : Arg.START] = [step * group for step in steps]
         s[Arg.START], s[Arg.TILES], s[Arg.GROUP] = start, tiles, group
         at = address_of(frame.scratch)
-        for slot, rows in self._panels().items():
+        for slot, vectors in panels.items():
             s[slot] = at
-            at += rows * group * width
+            at += vectors * width
         return frame
 
     def _panels(self) -> dict[Arg, int]:

@@ -7,8 +7,7 @@ from .schedule import Schedule, most_rows
 from .task import Task
 
 # What the rules below were read off (Zen 4, the layers of MobileNetV1 and BERT, uniform patterns of 80 to 98 %).
-_DIRECT_COLUMNS = 48  # so many input rows are read in place: their cache lines survive from tile to tile
-_PACKING_BLOCKS = 3  # ... and so are more of them, if fewer blocks than this load them
+_PACKING_BLOCKS = 3  # x is read in place if fewer blocks than this load it
 _PACKING_TAPS = 6  # packing a row of x pays from so many uses on
 _SEGMENT = 1024  # input rows per segment: its part of x stays in L2 and a block's code near L1
 _SEGMENT_TAPS = 2000  # ... if that leaves a block enough work to amortise carrying the sums
@@ -29,7 +28,7 @@ def choose(task: Task, target: Target, spare: int) -> Schedule:
     """A schedule for ``task`` on ``target``, whose epilogue and inner loop leave ``spare`` registers unused."""
     pattern = task.pattern
     rows, columns = most_rows(target, spare), pattern.cols
-    reused = columns > _DIRECT_COLUMNS and pattern.rows > (_PACKING_BLOCKS - 1) * rows
+    reused = pattern.rows > (_PACKING_BLOCKS - 1) * rows
     packed = task.layout == "row_major" and reused and pattern.nnz >= _PACKING_TAPS * columns
     segments = -(-columns // _SEGMENT)
     if segments > 1 and rows * _SEGMENT * pattern.density >= _SEGMENT_TAPS:

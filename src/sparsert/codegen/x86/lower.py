@@ -18,7 +18,7 @@ from .table import ALIGN, LABEL, ROW, ROWS
 
 GPR = {
     S.ARGS: 7, S.X: 0, S.W: 2, S.Y: 1, S.PX: 9, S.PX3: 10, S.PX5: 13, S.PX7: 3, S.PY: 14, S.T: 12, S.K: 11, S.TMP: 15,
-    S.CONST: 8, S.CODE: 6,
+    S.CONST: 8, S.PANEL: 6,
 }  # fmt: skip
 """rbp keeps the frame chain, rsp is the stack's. Bases avoid r12 and r13, whose encodings are longer."""
 CALLEE_SAVED = (3, 12, 13, 14, 15)
