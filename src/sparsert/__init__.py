@@ -6,11 +6,11 @@ from . import errors, target
 from .compiler import compile_linear, compile_matmul
 from .errors import SparseRTError
 from .kernels.activations import Clip
-from .operators.matmul import CompiledLinear, CompiledMatmul
+from .operators.matmul import Bound, CompiledLinear, CompiledMatmul
 from .schedule.schedule import Schedule
 
 __version__ = "0.1.0"
 __all__ = [
-    "Clip", "CompiledLinear", "CompiledMatmul", "Schedule", "SparseRTError", "__version__", "compile_linear",
+    "Bound", "Clip", "CompiledLinear", "CompiledMatmul", "Schedule", "SparseRTError", "__version__", "compile_linear",
     "compile_matmul", "errors", "target",
 ]  # fmt: skip

@@ -392,6 +392,91 @@ def test_calls_like_an_earlier_one_are_checked_as_well(target: str, layout: str,
     assert same_bits(op(x, out=out), 2 * wanted)
 
 
+@pytest.mark.parametrize("target", EVERY_TARGET)
+def test_a_narrow_linear_layer_does_not_take_its_transposed_view_for_x(target: str, rng: np.random.Generator) -> None:
+    weight, x = dense_matrix(rng, 3, 20, 0.5), normal(rng, 20, 20)
+    op = sparsert.compile_linear(weight, target=target)
+    for given in (x, np.asfortranarray(x), x, np.asfortranarray(x)):
+        out = np.zeros((20, 3), np.float32)
+        check(op(given, out=out).T, weight, given.T)
+
+
+# ---- bound calls -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", EVERY_TARGET)
+@pytest.mark.parametrize("layout", ["row_major", "tile_major", "linear"])
+@pytest.mark.parametrize("residual", [None, "after"])
+def test_a_bound_call_is_the_call(target: str, layout: str, residual: str | None, rng: np.random.Generator) -> None:
+    """It reads what the arrays hold at the time, also after a refit, and beside calls of other kinds."""
+    square = dense_matrix(rng, M, M, 0.2)
+    if layout == "linear":
+        op: Any = sparsert.compile_linear(square, residual=residual, target=target)
+    else:
+        op = sparsert.compile_matmul(square, residual=residual, target=target, layout=layout)
+    shape = {"row_major": (M, 40), "tile_major": (3, M, op.tile), "linear": (40, M)}[layout]
+    x, out = normal(rng, *shape), np.zeros(shape, np.float32)
+    r = None if residual is None else normal(rng, *shape)
+    bound = op.bind(x, out, r)
+    assert bound.out is out
+    for _ in range(3):
+        wanted = op(x, residual=r)
+        assert bound() is out
+        assert same_bits(out, wanted)
+        x[...], out[...] = normal(rng, *shape), np.nan
+        op.refit(rng.standard_normal() * square)
+    fresh = op.bind(x, residual=r)
+    assert same_bits(fresh(), op(x, residual=r))
+    assert fresh.out is not out
+
+
+@pytest.mark.parametrize("target", EVERY_TARGET)
+def test_a_bound_call_copies_where_the_operator_does(target: str, weight: np.ndarray, rng: np.random.Generator) -> None:
+    op = sparsert.compile_matmul(weight, residual="before", target=target)
+    for view in VIEWS.values():
+        x, out = view(normal(rng, K, 33)), view(np.zeros((M, 33), np.float32))
+        bound = op.bind(x, out, out)  # the residual is overwritten
+        for _ in range(2):
+            x[...], out[...] = normal(rng, K, 33), normal(rng, M, 33)
+            wanted = op(x, residual=out.copy())
+            assert same_bits(bound(), wanted)
+
+
+def test_a_bound_call_refuses_what_the_operator_does(weight: np.ndarray) -> None:
+    op = sparsert.compile_matmul(weight)
+    x = np.zeros((K, 20), np.float32)
+    for arrays, kind in (((x.T,), ShapeError), ((x, x), ShapeError), ((x.astype(float),), DTypeError),
+                         ((x, None, np.zeros((M, 20), np.float32)), UnsupportedError)):  # fmt: skip
+        with pytest.raises(kind):
+            op.bind(*arrays)
+
+
+@pytest.mark.parametrize("target", COMPILED)
+def test_a_bound_call_keeps_alive_what_it_needs(target: str, weight: np.ndarray, rng: np.random.Generator) -> None:
+    x = normal(rng, K, 64)
+    wanted = sparsert.compile_matmul(weight, target=target)(x)
+    bound = sparsert.compile_matmul(weight, target=target).bind(x.copy())
+    for _ in range(20):
+        normal(rng, K, 64), sparsert.compile_matmul(weight, target=target)  # memory that was freed is used again
+        assert same_bits(bound(), wanted)
+
+
+@pytest.mark.parametrize("target", COMPILED)
+def test_a_bound_call_in_many_threads(target: str, rng: np.random.Generator) -> None:
+    """All write the same results to the same place, each with a frame of its own."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    weight = dense_matrix(rng, 200, 200, 0.1)
+    op = sparsert.compile_matmul(weight, target=target)
+    x = normal(rng, 200, 300)
+    bound = op.bind(x)
+    wanted = bound().copy()
+    with ThreadPoolExecutor(8) as pool:
+        for _ in pool.map(lambda _: bound(), range(400)):
+            pass
+    assert same_bits(bound.out, wanted)
+
+
 # ---- refit -----------------------------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,7 @@ TILE_MAJOR = "tile-major"
 
 
 def sparsert_forms(threads: int, target: str = "native") -> list[Form]:
-    """``op(x, out=y)`` in the user's own NumPy memory, and between tile-major buffers as inside a network.
+    """The operator bound to the user's own NumPy memory, and to tile-major buffers as inside a network.
 
     Both add the layer's bias where it has one, which the peers are not asked to do.
     """
@@ -63,4 +63,4 @@ def _bound(op: Any, layer: Layer, compile_seconds: float) -> Bound:
         value = getattr(stats, name, None)
         if value is not None:
             facts[name] = float(value)
-    return Bound(lambda: op(x, out=y), facts)
+    return Bound(op.bind(x, y), facts)

@@ -59,9 +59,9 @@ def accumulate(
     """
     broadcast = 0 if target.embedded_broadcast else 1
     n = p.taps.size
-    cells = np.repeat(np.arange(p.cuts.size - 1), np.diff(p.cuts))
+    cells = np.repeat(np.arange(p.cuts.size - 1, dtype=np.int32), np.diff(p.cuts))
     begins, idle = _first(cells * schedule.rows + p.accumulator, (p.cuts.size - 1, schedule.rows))
-    cell, started = cells[begins], p.accumulator[begins]
+    cell, started = cells[begins].astype(np.int64), p.accumulator[begins]
     stores = started < handover.deferred
     k, loaded = taps.pitch[p.taps].astype(np.int64), np.flatnonzero(p.fresh)
     packing = cells % p.n_blocks == 0 if packs else np.zeros(n, bool)
@@ -78,8 +78,7 @@ def accumulate(
     c: Columns = {name: np.zeros(total, kind) for name, kind in COLUMNS.items()}
     c["ptr"][:] = S.W
     first_input, weight = schedule.rows, schedule.rows + INPUT_REGISTERS
-    turn = np.cumsum(p.fresh, dtype=np.int32) % INPUT_REGISTERS
-    source = (first_input + turn).astype(np.int16)
+    source = first_input + np.cumsum(p.fresh, dtype=np.int16) % INPUT_REGISTERS  # which divides what int16 wraps at
     at = end - per_tap
     lines: dict[S, Ints] = {}
 
@@ -95,8 +94,12 @@ def accumulate(
         line = np.arange(touched.size) - np.repeat(first[:-1], lines[pointer])
         put(touched, op=OP["prefetch"], ptr=pointer, disp=line * LINE)
     in_place = packing[loaded] if tiled else np.ones(loaded.size, bool)
-    steps = np.where(in_place, k[loaded], 0)
-    put(loaded, op=OP["load"], d=source[loaded], ptr=S.X, step=steps, disp=(k[loaded] - steps) * target.tile_bytes)
+    row = k[loaded]
+    if packs or not tiled:
+        where = {"step": np.where(in_place, row, 0), "disp": np.where(in_place, 0, row * target.tile_bytes)}
+    else:
+        where = {"disp": row * target.tile_bytes}
+    put(loaded, op=OP["load"], d=source[loaded], ptr=S.X, **where)
     put(kept, op=OP["store"], a=source[kept], ptr=S.PANEL, disp=k[kept] * target.tile_bytes)
     put(begins[stores], **handover.store(cell[stores], started[stores]))
     put(begins, **handover.start(cell, started))
@@ -108,7 +111,8 @@ def accumulate(
     else:
         c["disp"][row] = slot_bytes
     c["op"][row], c["d"][row], c["a"][row] = OP["fma_acc" if broadcast else "fma_bcast"], p.accumulator, source
-    return Body(c, np.concatenate([[0], end])[p.cuts], idle, copied, lines)
+    cuts = np.where(p.cuts > 0, end[p.cuts - 1], 0) if n else np.zeros_like(p.cuts)
+    return Body(c, cuts, idle, copied, lines)
 
 
 def _panel_rows(p: Plan, k: Ints, packing: NDArray[np.bool_], loaded: Ints) -> tuple[Ints, dict[int, Ints]]:

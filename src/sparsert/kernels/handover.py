@@ -72,8 +72,8 @@ class Handover:
 
         ``pitch``: of a row-major array; None for one of tiles.
         """
-        accumulators = self._accumulators(cell)
-        rows = self._rows(np.full_like(accumulators, cell), accumulators)
+        block = cell % self.plan.n_blocks
+        first, last = int(self.plan.blocks[block]), int(self.plan.blocks[block + 1])
         cursor.point(b, S.Y)
         if self.task.layout == "row_major":
             if pitch is None:
@@ -82,13 +82,14 @@ class Handover:
                 b.emit("s_arg", d=S.PY, disp=pitch.byte)
         if self.chained:
             if self.task.layout == "row_major":
-                b.emit("s_muli", d=S.TMP, a=S.PY, disp=int(rows[0]))
+                b.emit("s_muli", d=S.TMP, a=S.PY, disp=first)
                 b.emit("s_add", d=S.Y, a=S.TMP)
             else:
-                b.emit("s_addi", d=S.Y, disp=int(rows[0]) * self.target.tile_bytes)
-            rows = accumulators
-        now = accumulators >= self.deferred
-        b.emit_many("store", int(np.count_nonzero(now)), a=accumulators[now], **self._place(rows[now]))
+                b.emit("s_addi", d=S.Y, disp=first * self.target.tile_bytes)
+        now = np.arange(self.deferred, last - first)
+        if now.size:
+            rows = now if self.chained else self.plan.order[first + now]
+            b.emit_many("store", now.size, a=now, **self._place(rows))
         if self.deferred:
             b.emit("s_put", a=S.Y, disp=Arg.BEHIND.byte)
             if self.task.layout == "row_major":

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NoReturn, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import numpy as np
 
@@ -27,7 +28,24 @@ from .arrays import (
 )  # fmt: skip
 
 _SIGNATURES = 64
-_Passed = tuple[Callable[[int, int, int], None], int, int, int, int]
+_Signature = tuple[tuple[int, ...] | None, ...]
+
+
+class Binding(Protocol):
+    """A product for arrays of one shape and pitch, called with the addresses of x, y and the residual (0: none)."""
+
+    def call(self, xa: int, ya: int, ra: int) -> None: ...
+
+    def bound(self, xa: int, ya: int, ra: int) -> Callable[[], None]: ...
+
+
+class _Passed(NamedTuple):
+    """What is known of arrays that passed all checks and need no copies: the call, and how far each array reaches."""
+
+    binding: Binding
+    x: tuple[int, int]
+    y: tuple[int, int]
+    r: tuple[int, int]
 
 
 class Product(Protocol):
@@ -37,7 +55,7 @@ class Product(Protocol):
 
     def run(self, x: Array, y: Array, r: Array | None, columns: int) -> None: ...
 
-    def bind(self, x: Array, y: Array, r: Array | None, columns: int) -> Callable[[int, int, int], None] | None: ...
+    def bind(self, x: Array, y: Array, r: Array | None, columns: int) -> Binding | None: ...
 
 
 @dataclass(frozen=True)
@@ -72,16 +90,31 @@ class Compiled:
     list_code: Callable[[], str]
 
 
-class _Operator:
+class Bound:
+    """An operator tied to its arrays: a call computes ``out`` from what the inputs hold then, and returns it."""
+
+    __slots__ = ("_kept", "_run", "out")
+
+    def __init__(self, run: Callable[[], object], out: Array, kept: tuple[Any, ...]) -> None:
+        self._run, self.out, self._kept = run, out, kept  # what ``run`` knows by its address stays alive
+
+    def __call__(self) -> Array:
+        self._run()
+        return self.out
+
+
+class _Operator(ABC):
     """Everything that does not depend on how x lies in memory."""
 
     def __init__(self, compiled: Compiled, bias: Array | None) -> None:
         self._compiled = compiled
         self._bias = bias
         self._pattern = compiled.task.pattern
-        # Shapes and strides of (x, out) that passed all checks and need no copies: the call, and how far x and out
-        # reach from their addresses. Checking again would take longer than a small product.
-        self._passed: dict[tuple[tuple[int, ...], ...], _Passed] = {}
+        # By shapes and strides of x, out and the residual: checking again would take longer than a small product.
+        self._passed: dict[_Signature, _Passed] = {}
+
+    @abstractmethod
+    def __call__(self, x: Any, out: Any = None, residual: Any = None) -> Array: ...
 
     @property
     def stats(self) -> Stats:
@@ -162,25 +195,58 @@ class _Operator:
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.shape[0]}x{self.shape[1]} nnz={self.stats.nnz} target={self.target}>"
 
-    def _again(self, x: Any, out: Any) -> bool:
-        """Run at once if ``x`` and ``out`` are arrays like those of an earlier call."""
+    def bind(self, x: Any, out: Any = None, residual: Any = None) -> Bound:
+        """The operator tied to arrays, for loops: what is left of a call is the native one, some 0.4 us of Python.
+
+        Arguments and errors are those of the operator itself, which is called once; arrays that need copies are copied
+        at every call. Any number of threads may call.
+        """
+        y = self(x, out, residual)
+        ready = self._ready(x, y, residual)
+        if ready is None:
+            return Bound(lambda: self(x, y, residual), y, ())
+        binding, *addresses = ready
+        return Bound(binding.bound(*addresses), y, (self, x, residual))
+
+    def _ready(self, x: Any, out: Any, r: Any) -> tuple[Binding, int, int, int] | None:
+        """How to run at once, if the arrays are like those of an earlier call."""
         if type(x) is not np.ndarray or type(out) is not np.ndarray or x.dtype is not F32 or out.dtype is not F32:
-            return False
-        passed = self._passed.get((x.shape, x.strides, out.shape, out.strides))
+            return None
+        if r is None:
+            passed = self._passed.get((x.shape, x.strides, out.shape, out.strides))
+        elif type(r) is np.ndarray and r.dtype is F32:
+            passed = self._passed.get((x.shape, x.strides, out.shape, out.strides, r.shape, r.strides))
+        else:
+            return None
         if passed is None or not out.flags.writeable:
-            return False
-        call, x_low, x_high, y_low, y_high = passed
+            return None
+        binding, (x_low, x_high), (y_low, y_high), (r_low, r_high) = passed
         xa, ya = address_of(x), address_of(out)
         if xa + x_low < ya + y_high and ya + y_low < xa + x_high:
+            return None
+        if r is None:
+            return binding, xa, ya, 0
+        ra = address_of(r)
+        if ra + r_low < ya + y_high and ya + y_low < ra + r_high:
+            return None
+        return binding, xa, ya, ra
+
+    def _again(self, x: Any, out: Any, residual: Any) -> bool:
+        """Run at once if the arrays are like those of an earlier call."""
+        ready = self._ready(x, out, residual)
+        if ready is None:
             return False
-        call(xa, ya, 0)
+        binding, xa, ya, ra = ready
+        binding.call(xa, ya, ra)
         return True
 
-    def _remember(self, x: Array, y: Array, columns: int) -> None:
+    def _remember(self, x: Array, y: Array, r: Array | None, columns: int) -> None:
         """Let ``_again`` serve arrays like these."""
-        call = self._compiled.product.bind(x, y, None, columns)
-        if call is not None and len(self._passed) < _SIGNATURES:
-            self._passed[x.shape, x.strides, y.shape, y.strides] = (call, *reach(x), *reach(y))
+        binding = self._compiled.product.bind(x, y, r, columns)
+        if binding is not None and len(self._passed) < _SIGNATURES:
+            arrays = (x, y) if r is None else (x, y, r)
+            signature = tuple(part for array in arrays for part in (array.shape, array.strides))
+            self._passed[signature] = _Passed(binding, reach(x), reach(y), (0, 0) if r is None else reach(r))
 
     def _output(self, out: Any, shape: tuple[int, ...], x: Array) -> Array:
         y = as_output(out, shape)
@@ -205,8 +271,11 @@ class _Operator:
         require_shape(array, shape, "residual")
         return array
 
-    def _run(self, x: Array, y: Array, r: Array | None, columns: int, axis: int) -> None:
-        """Run on arrays whose ``axis`` holds the columns; copies where the kernel cannot take them as they are."""
+    def _run(self, x: Array, y: Array, r: Array | None, columns: int, axis: int, as_given: bool = True) -> None:
+        """Run on arrays whose ``axis`` holds the columns; copies where the kernel cannot take them as they are.
+
+        Unless ``as_given``, they are transposes of the caller's.
+        """
         if y.size == 0:
             return
         if r is not None and overlaps(r, y) and (columns % self.tile or not same_view(r, y)):
@@ -222,8 +291,8 @@ class _Operator:
             y[...] = yp[:, :columns] if axis == 1 else yp[:columns]
             return
         direct = (axis == 0) == (self._compiled.task.layout == "transposed")
-        if r is None and target is y and direct:
-            self._remember(x, y, columns)
+        if target is y and direct and as_given:
+            self._remember(x, y, r, columns)
         self._compiled.product.run(x, target, r, columns)
         if target is not y:
             y[...] = target
@@ -252,7 +321,7 @@ class CompiledMatmul(_Operator):
         Raises:
             ShapeError, DTypeError, AliasError, UnsupportedError: see :mod:`sparsert.errors`; nothing is written then.
         """
-        if residual is None and self._compiled.task.residual is None and self._again(x, out):
+        if self._again(x, out, residual):
             return out  # type: ignore[no-any-return]
         x = as_input(x, "x")
         m, k = self._pattern.shape
@@ -282,8 +351,7 @@ class CompiledMatmul(_Operator):
         if y.size:
             if r is not None and overlaps(r, y) and not same_view(r, y):
                 r = r.copy()
-            if r is None:
-                self._remember(x, y, x.shape[0] * self.tile)
+            self._remember(x, y, r, x.shape[0] * self.tile)
             self._compiled.product.run(x, y, r, x.shape[0] * self.tile)
         return y
 
@@ -302,8 +370,7 @@ class CompiledLinear(_Operator):
         Raises:
             ShapeError, DTypeError, AliasError, UnsupportedError: see :mod:`sparsert.errors`; nothing is written then.
         """
-        task = self._compiled.task
-        if residual is None and task.residual is None and task.layout == "transposed" and self._again(x, out):
+        if self._again(x, out, residual):
             return out  # type: ignore[no-any-return]
         x = as_input(x, "x")
         m, k = self._pattern.shape
@@ -323,7 +390,7 @@ class CompiledLinear(_Operator):
         if self._compiled.task.layout == "transposed":
             self._run(x2, target, r2, rows, axis=0)
         else:  # fewer than four rows or columns: too narrow to transpose four at a time
-            self._run(x2.T, target.T, None if r2 is None else r2.T, rows, axis=1)
+            self._run(x2.T, target.T, None if r2 is None else r2.T, rows, axis=1, as_given=False)
         if target is not y2 or not np.may_share_memory(y2, y):
             y[...] = target.reshape(shape)
         return y

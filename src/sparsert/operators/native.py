@@ -51,6 +51,25 @@ class Binding:
         free.append(frame)
         del values
 
+    def bound(self, xa: int, ya: int, ra: int) -> Callable[[], None]:
+        """The call for arrays that stay where they are: frames keep their addresses."""
+        offset = (xa if self.by_x else ya) % self.unit if ra != ya else 0
+        executable, values, new_frame = self.executable, self.values, self._new_frame
+        free: list[tuple[Frame, tuple[Array, int] | None]] = []
+
+        def run() -> None:
+            try:
+                frame, loaded = free.pop()
+            except IndexError:
+                frame, loaded = new_frame(offset), None
+            if loaded is not values[0]:
+                loaded = values[0]  # held with the frame: a refit meanwhile does not free what this call reads
+                frame.point(xa, ya, ra, loaded[1])
+            executable.call(frame.address)
+            free.append((frame, loaded))
+
+        return run
+
     def _new_frame(self, offset: int) -> Frame:
         owner = self.owner()
         if owner is None:
@@ -78,19 +97,19 @@ class NativeProduct:
         self.kernel.pack(values, bias, packed)
         self.values[0] = packed, address_of(packed)
 
-    def bind(self, x: Array, y: Array, r: Array | None, columns: int) -> Callable[[int, int, int], None]:
-        """The call for arrays like these, by their addresses.
+    def bind(self, x: Array, y: Array, r: Array | None, columns: int) -> Binding:
+        """The binding for arrays like these.
 
         ``columns``, at least the target's lanes, of row-major or transposed arrays whose innermost stride is one
         element, or whole tiles.
         """
         key = (columns, x.strides[0], y.strides[0], 0 if r is None else r.strides[0])
         binding = self._bindings.get(key)
-        return (Binding(self, key) if binding is None else binding).call
+        return Binding(self, key) if binding is None else binding
 
     def run(self, x: Array, y: Array, r: Array | None, columns: int) -> None:
         """One call; see :meth:`bind`."""
-        self.bind(x, y, r, columns)(address_of(x), address_of(y), 0 if r is None else address_of(r))
+        self.bind(x, y, r, columns).call(address_of(x), address_of(y), 0 if r is None else address_of(r))
 
     def frame(self, binding: Binding, offset: int) -> Frame:
         """A new frame for ``binding``, which is known from now on; too many, or too large, and all are forgotten."""

@@ -69,7 +69,7 @@ def encode(batches: list[Batch], labels: int) -> Encoded:
     low, high, length = np.zeros(n, np.uint64), np.zeros(n, np.uint64), np.zeros(n, np.int64)
     for batch in batches:
         if batch.row < len(_ROWS) and batch.place.size:
-            low[batch.place], head, length[batch.place] = _encode(batch)
+            low[batch.place], head, length[batch.place] = _encoded(batch)
             if head is not None:
                 high[batch.place] = head
     for batch in batches:
@@ -87,6 +87,20 @@ def encode(batches: list[Batch], labels: int) -> Encoded:
         if batch.row < len(_ROWS):
             _resolve(batch, code, offsets, places)
     return Encoded(code, offsets, places)
+
+
+def _encoded(batch: Batch) -> tuple[Words, Words | None, Ints | int]:
+    """What :func:`_encode` gives; batches of one instruction without arrays, as around calls, are encoded once."""
+    if batch.place.size != 1 or not all(isinstance(value, int) for value in batch.fields.values()):
+        return _encode(batch)
+    key = batch.row, batch.encoding, batch.bcast, *batch.fields.items()
+    known = _KNOWN.get(key)
+    if known is None:
+        known = _KNOWN[key] = _encode(batch)
+    return known
+
+
+_KNOWN: dict[tuple[Any, ...], tuple[Words, Words | None, Ints | int]] = {}
 
 
 def _encode(batch: Batch) -> tuple[Words, Words | None, Ints | int]:
@@ -265,15 +279,25 @@ _NOPS = {
 }
 
 
+_PADDING = np.array(
+    [
+        np.frombuffer(
+            b"".join(bytes.fromhex(_NOPS[n]) for n in (min(pad, 8), pad - min(pad, 8)) if n).ljust(16, b"\0"), "<u8"
+        )
+        for pad in range(16)
+    ]
+)
+"""Low and high word of so many bytes of no-ops."""
+
+
 def _align(batch: Batch, length: Ints, low: Words, high: Words) -> None:
     """Give every ALIGN row (to 16 bytes at most) the long no-ops it needs."""
-    before, padding = np.cumsum(length), 0
-    for row in batch.place.tolist():
-        pad = -(int(before[row]) + padding) % 16
-        padding += pad
-        raw = b"".join(bytes.fromhex(_NOPS[n]) for n in (min(pad, 8), pad - min(pad, 8)) if n)
-        low[row], high[row] = np.frombuffer(raw.ljust(16, b"\0"), "<u8")
-        length[row] = pad
+    pads, padding = [], 0
+    for before in np.cumsum(length)[batch.place].tolist():
+        pads.append(-(before + padding) % 16)
+        padding += pads[-1]
+    low[batch.place], high[batch.place] = _PADDING[pads].T
+    length[batch.place] = pads
 
 
 def _flatten(low: Words, high: Words, length: Ints, offsets: Ints, size: int) -> NDArray[np.uint8]:

@@ -202,8 +202,8 @@ class _Addressing:
         writes = np.flatnonzero(kind == _WRITES)
         labels = np.flatnonzero(op == OP["label"])
         pointers = np.where(memory, ptr, -1)
-        for pointer in S:
-            number = int(pointer)
+        for number in sorted({*_WINDOWED, *np.unique(ptr[c["step"] != 0]).tolist()}):
+            pointer = S(number)
             rows = np.flatnonzero(pointers == number)
             if not rows.size:
                 continue
@@ -252,7 +252,9 @@ class _Addressing:
         region = np.searchsorted(written, rows)
         same = np.zeros(rows.size, bool)
         np.equal(region[1:], region[:-1], out=same[1:])
-        delta, hop = where - np.where(same, np.roll(where, 1), 0), reach - np.where(same, np.roll(reach, 1), 0)
+        delta, hop = where.copy(), reach.copy()
+        delta[1:] -= where[:-1] * same[1:]
+        hop[1:] -= reach[:-1] * same[1:]
         moved = np.flatnonzero((delta != 0) | (hop != 0))
         delta, hop = delta[moved], hop[moved]
         self.extra[rows[moved]] += (delta != 0).astype(np.int64) + (hop != 0) + ((hop != 0) & (hop != 1))
@@ -267,13 +269,14 @@ class _Addressing:
         Control can reach a label from elsewhere. ``rows`` use the pointer, and it changes its place at some of them,
         ``turns``, whether ``away`` or back.
         """
-        moving = np.unique(np.searchsorted(fresh, turns[away]))
+        moving = np.zeros(fresh.size + 1, bool)
+        moving[np.searchsorted(fresh, turns[away])] = True
         for joints, step in ((labels, 0), (modified, -1)):
             neighbour = np.searchsorted(rows, joints) + step
             inside = (neighbour >= 0) & (neighbour < rows.size)
             user, region = rows[neighbour[inside]], np.searchsorted(fresh, joints[inside])
             bad = np.searchsorted(fresh, user) == region
-            bad &= away[np.searchsorted(turns, user, "right") - 1] if step else np.isin(region, moving)
+            bad &= away[np.searchsorted(turns, user, "right") - 1] if step else moving[region]
             if bad.any():
                 raise InternalError(f"pointer {pointer.name} is used across a label, or added to, while it is moved")
 
