@@ -106,8 +106,11 @@ def weight_of(mask: NDArray[np.bool_], rng: np.random.Generator) -> SparseMatrix
 def schedule_of(rng: np.random.Generator, most: int, extent: int) -> Schedule:
     rows = int(rng.choice([1, min(2, most), min(3, most), most, rng.integers(1, most + 1)]))
     segment = int(rng.choice([0, 0, 1, 7, rng.integers(1, max(extent, 1) + 1)]))
-    return Schedule(rows, segment, int(rng.choice([0, 1, 2, 3, 5])), bool(rng.random() < 0.5),
-                    str(rng.choice(["natural", "count", "overlap"])), bool(rng.random() < 0.3))  # fmt: skip
+    blocks = int(rng.choice([0, 1, 1, 1, 2, 3]))
+    return Schedule(
+        rows, segment, tiles=int(rng.choice([0, 1, 2, 3, 5])), blocks=blocks, packed=bool(rng.random() < 0.5),
+        order=str(rng.choice(["natural", "count", "overlap"])), prefetch=blocks == 1 and bool(rng.random() < 0.4),
+    )  # fmt: skip
 
 
 def compiled(case: Case, layout: str, matrix: SparseMatrix, bias: Array | None, rng: np.random.Generator) -> Any:

@@ -363,6 +363,8 @@ SCHEDULES = [
     Schedule(1), Schedule(3), Schedule(2, tiles=1), Schedule(3, tiles=2, order="count"), Schedule(2, k_segment=3),
     Schedule(3, k_segment=2, tiles=1, order="overlap"), Schedule(3, packed=True), Schedule(2, prefetch=True),
     Schedule(2, k_segment=4, tiles=2, packed=True), Schedule(3, k_segment=5, tiles=1, packed=True, prefetch=True),
+    Schedule(2, blocks=0), Schedule(3, blocks=2, packed=True), Schedule(2, k_segment=4, blocks=2, packed=True),
+    Schedule(2, k_segment=3, blocks=0, tiles=2, order="overlap"),
 ]  # fmt: skip
 EPILOGUES: list[dict[str, Any]] = [
     {}, {"bias": True}, {"residual": "before"}, {"residual": "after", "bias": True},

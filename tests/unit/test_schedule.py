@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,8 @@ def uneven(rng: np.random.Generator, rows: int, cols: int, density: float) -> np
 @pytest.mark.parametrize(
     ("field", "value"),
     [("rows", 0), ("rows", -3), ("rows", 2.0), ("rows", "4"), ("rows", True), ("rows", None), ("k_segment", -1),
-     ("k_segment", 1.5), ("k_segment", False), ("tiles", -1), ("tiles", "all"), ("order", "best"), ("order", None)],
+     ("k_segment", 1.5), ("k_segment", False), ("tiles", -1), ("tiles", "all"), ("blocks", -2), ("blocks", None),
+     ("order", "best"), ("order", None)],
 )  # fmt: skip
 def test_illegal_by_themselves(field: str, value: Any) -> None:
     with pytest.raises(ScheduleError) as caught:
@@ -39,14 +41,19 @@ def test_illegal_by_themselves(field: str, value: Any) -> None:
     assert repr(value) in caught.value.what
 
 
+def test_prefetching_goes_with_single_blocks() -> None:
+    with pytest.raises(ScheduleError, match="blocks=1"):
+        Schedule(4, blocks=0, prefetch=True)
+
+
 def test_schedules_are_values() -> None:
-    one = Schedule(rows=4, k_segment=32, tiles=2, packed=True, order="count")
-    assert one == dataclasses.replace(Schedule(rows=4), k_segment=32, tiles=2, packed=True, order="count")
+    one = Schedule(rows=4, k_segment=32, tiles=2, blocks=3, packed=True, order="count")
+    assert one == dataclasses.replace(Schedule(rows=4), k_segment=32, tiles=2, blocks=3, packed=True, order="count")
     assert len({one, dataclasses.replace(one)}) == 1
     with pytest.raises(dataclasses.FrozenInstanceError):
         one.rows = 5  # type: ignore[misc]
     assert "\n" not in str(one)
-    for word in ("rows=4", "k_segment=32", "tiles=2", "packed", "order=count"):
+    for word in ("rows=4", "k_segment=32", "tiles=2", "blocks=3", "packed", "order=count"):
         assert word in str(one)
     assert (
         len(
@@ -129,7 +136,12 @@ def variants(most: int) -> list[Schedule]:
     ordered = [
         Schedule(min(6, most), order=o, prefetch=p, k_segment=k) for o in ORDERS for p in (False, True) for k in (0, 11)
     ]
-    return plain + split + packed + ordered
+    passes = [
+        Schedule(min(3, most), k_segment=k, blocks=n, tiles=t, packed=p, order=o)
+        for k, n, t in product((0, 11), (0, 2, 5), (0, 2))
+        for p, o in product((False, True), ("natural", "count"))
+    ]
+    return plain + split + packed + ordered + passes
 
 
 @pytest.mark.parametrize("target", COMPILED)
@@ -168,6 +180,8 @@ def test_a_segment_is_a_segment_of_the_code(target: str, rng: np.random.Generato
         Schedule(6, k_segment=20),
         Schedule(6, packed=True),
         Schedule(6, order="overlap"),
+        Schedule(6, blocks=2),
+        Schedule(6, blocks=0),
     ]
     code = {
         schedule: sparsert.compile_matmul(weight, target=target, schedule=schedule).listing() for schedule in schedules

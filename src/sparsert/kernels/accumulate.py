@@ -17,7 +17,6 @@ from ..codegen.vector import COLUMNS, OP, Columns, S
 from ..schedule.schedule import Schedule
 from ..sparsity.taps import Taps
 from ..target import Target
-from .epilogue import INPUT_REGISTERS
 from .handover import Handover
 from .plan import Plan
 
@@ -36,14 +35,14 @@ class Body:
     Attributes:
         columns: by name, as :meth:`~sparsert.codegen.vector.Builder.emit_many` takes them.
         cuts: (cells + 1,) rows at which the cells, blocks of segments, begin.
-        idle: (cells, rows per block) the accumulators no tap of a cell touches.
+        idle: per cell, the accumulators that none of its taps touches, if any.
         copied: per cell that packs, the input rows that others read from the panel, but no tap of its own loads.
         lines: per pointer that runs ahead, (cells,) how many lines each cell prefetches through it.
     """
 
     columns: Columns
     cuts: Ints
-    idle: NDArray[np.bool_]
+    idle: dict[int, Ints]
     copied: dict[int, Ints]
     lines: dict[S, Ints]
 
@@ -60,7 +59,7 @@ def accumulate(
     broadcast = 0 if target.embedded_broadcast else 1
     n = p.taps.size
     cells = np.repeat(np.arange(p.cuts.size - 1, dtype=np.int32), np.diff(p.cuts))
-    begins, idle = _first(cells * schedule.rows + p.accumulator, (p.cuts.size - 1, schedule.rows))
+    begins, idle = _begins(p, cells, schedule.rows)
     cell, started = cells[begins].astype(np.int64), p.accumulator[begins]
     stores = started < handover.deferred
     k, loaded = taps.pitch[p.taps].astype(np.int64), np.flatnonzero(p.fresh)
@@ -77,8 +76,7 @@ def accumulate(
     total = int(end[-1]) if n else 0
     c: Columns = {name: np.zeros(total, kind) for name, kind in COLUMNS.items()}
     c["ptr"][:] = S.W
-    first_input, weight = schedule.rows, schedule.rows + INPUT_REGISTERS
-    source = first_input + np.cumsum(p.fresh, dtype=np.int16) % INPUT_REGISTERS  # which divides what int16 wraps at
+    source, weight = schedule.rows, schedule.rows + 1  # one of each: renaming makes more pointless
     at = end - per_tap
     lines: dict[S, Ints] = {}
 
@@ -99,8 +97,8 @@ def accumulate(
         where = {"step": np.where(in_place, row, 0), "disp": np.where(in_place, 0, row * target.tile_bytes)}
     else:
         where = {"disp": row * target.tile_bytes}
-    put(loaded, op=OP["load"], d=source[loaded], ptr=S.X, **where)
-    put(kept, op=OP["store"], a=source[kept], ptr=S.PANEL, disp=k[kept] * target.tile_bytes)
+    put(loaded, op=OP["load"], d=source, ptr=S.X, **where)
+    put(kept, op=OP["store"], a=source, ptr=S.PANEL, disp=k[kept] * target.tile_bytes)
     put(begins[stores], **handover.store(cell[stores], started[stores]))
     put(begins, **handover.start(cell, started))
     slot_bytes = p.value_slot * 4
@@ -126,9 +124,12 @@ def _panel_rows(p: Plan, k: Ints, packing: NDArray[np.bool_], loaded: Ints) -> t
     return kept, {int(s) * p.n_blocks: rows[segment == s] for s in np.unique(segment)}
 
 
-def _first(key: Ints, shape: tuple[int, int]) -> tuple[Ints, NDArray[np.bool_]]:
-    """Where each value of ``key`` occurs first, in rising order, and which of ``shape`` values never do."""
-    at = np.full(shape, key.size)
-    at.reshape(-1)[key[::-1]] = np.arange(key.size)[::-1]  # of several, the last assignment stays
-    idle = at == key.size
-    return np.sort(at[~idle]), idle
+def _begins(p: Plan, cells: NDArray[np.int32], rows: int) -> tuple[Ints, dict[int, Ints]]:
+    """The taps that are the first of their accumulator in a cell, and per cell the accumulators that have none."""
+    n = p.taps.size
+    at = np.full((p.cuts.size - 1, rows), n)
+    at.reshape(-1)[(cells * rows + p.accumulator)[::-1]] = np.arange(n)[::-1]  # of several, the last assignment stays
+    none = at == n
+    idle = np.argwhere(none & (np.arange(rows) < np.tile(np.diff(p.blocks), p.segments)[:, None]))
+    cuts = np.flatnonzero(np.diff(idle[:, 0], prepend=-1))
+    return np.sort(at[~none]), {int(part[0, 0]): part[:, 1] for part in np.split(idle, cuts)[1:]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -17,7 +18,6 @@ from ..target import Target
 from . import epilogue
 from .accumulate import LINE, Body
 from .arguments import Arg
-from .epilogue import INPUT_REGISTERS
 from .handover import Handover
 from .layout import TRANSPOSED_Y, Cursor, load_multiples, scatter
 from .plan import Plan
@@ -39,76 +39,110 @@ class Blocks:
     scatters: bool  # transposed output is written from the accumulators, without a panel in between
 
     def emit(self, b: Builder) -> None:
-        p, blocks = self.plan, self.plan.n_blocks
         if not self.tiled or self.packs or self.scatters:
             load_multiples(b, Arg.Y_PITCH if self.scatters else Arg.X_PITCH)
         here = b.label()
-        for cell in range(p.segments * blocks):
-            first, last = cell < blocks, cell >= (p.segments - 1) * blocks
-            if first or last or cell in self.body.copied or self.body.cuts[cell + 1] > self.body.cuts[cell]:
-                following = b.label()
-                b.place(here)
-                self._block(b, cell, cell % blocks, first, last, following)
-                here = following
+        for cells in self._passes():
+            following = b.label()
+            b.place(here)
+            self._pass(b, cells, following)
+            here = following
         b.place(here)
 
-    def _block(self, b: Builder, cell: int, block: int, first: bool, last: bool, following: int) -> None:
-        """One block of one segment; ``following`` labels the code behind it."""
-        task, p, c = self.task, self.plan, self.body
-        span = slice(int(p.blocks[block]), int(p.blocks[block + 1]))
-        body = slice(int(c.cuts[cell]), int(c.cuts[cell + 1]))
-        rows = p.order[span]
-        n = rows.size
-        x, y, r, sums = self._cursors
-        packing = self.packs and block == 0
-        cursors = (
-            ([self._in_place, x] if packing else [x])
-            + ([y] if last else [])
-            + ([r] if last and task.residual else [])
-            + ([] if first and last else [sums])
-        )
-        shown = ", ".join(map(str, rows[:4].tolist())) + (" ..." if n > 4 else "")
-        segment = f", segment {cell // (p.n_blocks)}" if p.segments > 1 else ""
-        top = b.label(f"rows {shown}{segment}")
+    def _passes(self) -> Iterator[list[int]]:
+        """Cells, blocks of segments, that go over the tiles together."""
+        p, c = self.plan, self.body
+        blocks = p.n_blocks
+        together = self.schedule.blocks or blocks
+        for segment in range(p.segments):
+            outer = segment in (0, p.segments - 1)  # others carry on what they have no taps for
+            cells = [
+                cell
+                for cell in range(segment * blocks, (segment + 1) * blocks)
+                if outer or cell in c.copied or c.cuts[cell + 1] > c.cuts[cell]
+            ]
+            for start in range(0, len(cells), max(together, 1)):
+                yield cells[start : start + together]
+
+    def _pass(self, b: Builder, cells: list[int], following: int) -> None:
+        """Turns of ``cells``, tile by tile; ``following`` labels the code behind them."""
+        p, c = self.plan, self.body
+        cursors = list(dict.fromkeys(cursor for cell in cells for cursor in self._walked(cell)))
         if not self.handover.chained:
             self.handover.open(b)
-        self._run_ahead(b, cell, following)
+        self._run_ahead(b, cells[-1], following)
         for cursor in cursors:
             cursor.rewind(b)
         b.emit("s_arg", d=S.T, disp=Arg.COUNT.byte)
         b.emit("align", disp=16)
-        b.place(top)
-        if packing:
+        top = [b.label(self._name(cell)) for cell in cells]
+        for label, cell in zip(top, cells, strict=True):
+            b.place(label)
+            self._turn(b, cell, cell % p.n_blocks)
+        for cursor in cursors:
+            cursor.advance(b)
+        for pointer, lines in c.lines.items():
+            if lines[cells[-1]]:
+                b.emit("s_addi", d=pointer, disp=int(lines[cells[-1]]) * LINE)
+        b.emit("loop", a=S.T, disp=top[0])
+        if not self.handover.chained:
+            self.handover.close(b, cells[-1])
+
+    def _turn(self, b: Builder, cell: int, block: int) -> None:
+        """One block of one segment, for the current tile."""
+        p, c = self.plan, self.body
+        rows = p.order[int(p.blocks[block]) : int(p.blocks[block + 1])]
+        body = slice(int(c.cuts[cell]), int(c.cuts[cell + 1]))
+        x, y, r, sums = self._cursors
+        n, later = rows.size, cell >= p.n_blocks
+        if self.packs and block == 0:
             self._in_place.point(b, S.X)
             x.point(b, S.PANEL)
-            self._copy(b, c.copied.get(cell, np.zeros(0, np.int64)))
+            if cell in c.copied:
+                self._copy(b, c.copied[cell])
         else:
             x.point(b, S.X)
         b.emit("s_arg", d=S.W, disp=Arg.W.byte)
-        if not first and not p.folds:
+        if later and not p.folds:
             sums.point(b, S.CONST)
         self.handover.begin(b)
-        idle = np.flatnonzero(c.idle[cell, :n])
-        if idle.size:
-            self.handover.renew(b, cell, idle)
+        if cell in c.idle:
+            self.handover.renew(b, cell, c.idle[cell])
         b.emit_many(n=body.stop - body.start, **{name: column[body] for name, column in c.columns.items()})
-        if not first and p.folds:
+        if later and p.folds:
             sums.point(b, S.Y)
             for accumulator, disp in enumerate((rows * self.target.tile_bytes).tolist()):
                 b.emit("load", d=n, ptr=S.Y, disp=disp)
                 b.emit("add", d=accumulator, a=accumulator, b=n)
-        if not last:
-            self.handover.end(b, cell, sums, None)
-        else:
+        if self._ends(cell):
             self._finish(b, cell, rows, r, y)
-        for cursor in cursors:
-            cursor.advance(b)
-        for pointer, lines in c.lines.items():
-            if lines[cell]:
-                b.emit("s_addi", d=pointer, disp=int(lines[cell]) * LINE)
-        b.emit("loop", a=S.T, disp=top)
-        if not self.handover.chained:
-            self.handover.close(b, cell)
+        else:
+            self.handover.end(b, cell, sums, None)
+
+    def _ends(self, cell: int) -> bool:
+        """Whether the cell is of the last segment, behind which rows are complete."""
+        return cell >= (self.plan.segments - 1) * self.plan.n_blocks
+
+    def _walked(self, cell: int) -> Iterator[Cursor]:
+        """The cursors that a turn of ``cell`` points with."""
+        x, y, r, sums = self._cursors
+        if self.packs and cell % self.plan.n_blocks == 0:
+            yield self._in_place
+        yield x
+        if self._ends(cell):
+            yield y
+            if self.task.residual:
+                yield r
+        if self.plan.segments > 1:
+            yield sums
+
+    def _name(self, cell: int) -> str:
+        """A remark for listings."""
+        p = self.plan
+        segment, block = divmod(cell, p.n_blocks)
+        rows = p.order[int(p.blocks[block]) : int(p.blocks[block + 1])]
+        shown = ", ".join(map(str, rows[:4].tolist())) + (" ..." if rows.size > 4 else "")
+        return f"rows {shown}" + (f", segment {segment}" if p.segments > 1 else "")
 
     def _run_ahead(self, b: Builder, cell: int, following: int) -> None:
         """Point at the code and the values that come after this cell's, where it prefetches any."""
@@ -120,8 +154,7 @@ class Blocks:
 
     def _copy(self, b: Builder, k: NDArray[np.int64]) -> None:
         """Rows ``k`` of x to the panel."""
-        register = np.repeat(self.schedule.rows + np.arange(k.size) % INPUT_REGISTERS, 2)
-        stores = np.tile([False, True], k.size)
+        stores, register = np.tile([False, True], k.size), self.schedule.rows
         k = np.repeat(k, 2)
         b.emit_many(
             np.where(stores, OP["store"], OP["load"]), k.size, register, register, 0,

@@ -12,12 +12,10 @@ from ..schedule.task import Task
 from ..target import Target
 from .activations import ACTIVATIONS
 
-INPUT_REGISTERS = 2  # vectors of x in flight: renaming makes more pointless
-
 
 def inner_registers(target: Target) -> int:
-    """Registers that multiply-adds take beside the accumulators: inputs, and a weight where it is loaded on its own."""
-    return INPUT_REGISTERS + (0 if target.embedded_broadcast else 1)
+    """Registers that multiply-adds take beside the accumulators: x, and a weight where it is loaded on its own."""
+    return 1 + (0 if target.embedded_broadcast else 1)
 
 
 def template(task: Task, target: Target, b: Builder) -> Template | None:

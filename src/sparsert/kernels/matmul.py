@@ -128,4 +128,6 @@ def _handover(task: Task, schedule: Schedule, target: Target, p: Plan, scatters:
     chained = schedule.order == "natural" and not scatters and p.blocks.size > 1
     if chained:
         return Handover(task, target, p, int(np.diff(p.blocks).min()), True)
-    return Handover(task, target, p, 0 if scatters or schedule.tiles == 1 else schedule.rows, False)
+    return Handover(
+        task, target, p, 0 if scatters or schedule.tiles == 1 or schedule.blocks != 1 else schedule.rows, False
+    )

@@ -37,18 +37,29 @@ def choose(task: Task, target: Target, spare: int) -> Schedule:
         k_segment = 0
     code = code_bytes(task, target)
     load_bound = pattern.density <= _LOAD_BOUND and columns * target.tile_bytes <= target.l1d
-    tiles = 0
-    if code <= target.l1i or load_bound:
-        tiles = 1 if task.layout == "tile_major" else _ROW_TILES
+    tiles, blocks = 0, 1
+    if task.layout == "tile_major":
+        blocks = _blocks_per_pass(pattern.rows, rows, code, load_bound, columns * target.tile_bytes, target)
+    elif code <= target.l1i or load_bound:
+        tiles = _ROW_TILES
     clustered = pattern.density <= _CLUSTER and rows < pattern.rows <= _MOST_CLUSTERED
     return Schedule(
         rows,
         k_segment,
         tiles,
-        packed,
-        "overlap" if clustered else "natural",
-        not tiles and code > _PREFETCH_CODE * target.l1i,
+        blocks,
+        packed=packed,
+        order="overlap" if clustered else "natural",
+        prefetch=not tiles and blocks == 1 and code > _PREFETCH_CODE * target.l1i,
     )
+
+
+def _blocks_per_pass(m: int, rows: int, code: float, load_bound: bool, x_tile: int, target: Target) -> int:
+    """Row blocks that pass over the tiles together: as many as fit the instruction cache well, if x fits L1 well."""
+    room = target.l1i // 2
+    if code <= room or load_bound:
+        return 0
+    return max(1, int(room / code * -(-m // rows))) if x_tile <= target.l1d // 4 else 1
 
 
 def tiles_per_group(task: Task, schedule: Schedule, target: Target, tiles: int) -> int:
@@ -65,11 +76,11 @@ def reason(task: Task, target: Target, schedule: Schedule) -> str:
     """Why :func:`choose` chose so, in a sentence or two."""
     pattern, kib = task.pattern, code_bytes(task, target) / 1024
     words = [f"{schedule.rows} accumulators leave registers for input, weights and epilogue"]
-    if schedule.tiles:
-        few = "each tile" if schedule.tiles == 1 else f"{schedule.tiles} tiles at a time"
+    if schedule.tiles or schedule.blocks != 1:
+        what = f"{schedule.blocks} blocks of code" if schedule.blocks > 1 else "all code"
         words.append(
-            f"about {kib:.0f} KiB of code stay in the instruction cache, or x in the data cache, "
-            f"so all code passes over {few}"
+            f"of about {kib:.0f} KiB of code, what passes stays in the instruction cache, or x in the data cache, "
+            f"so {what} passes over {f'{schedule.tiles} tiles at a time' if schedule.tiles else 'each tile'}"
         )
     else:
         words.append(
