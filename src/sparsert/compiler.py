@@ -179,7 +179,7 @@ def _schedule(task: Task, target: Target, given: Schedule | None) -> Schedule:
     if given is None:
         return cost.choose(task, target, spare)
     given.check(target, spare)
-    return given if task.layout == "row_major" else replace(given, packed=False)
+    return given if task.layout == "row_major" else replace(given, packing="none")
 
 
 def _check_schedule(given: Any) -> None:

@@ -108,7 +108,8 @@ def schedule_of(rng: np.random.Generator, most: int, extent: int) -> Schedule:
     segment = int(rng.choice([0, 0, 1, 7, rng.integers(1, max(extent, 1) + 1)]))
     blocks = int(rng.choice([0, 1, 1, 1, 2, 3]))
     return Schedule(
-        rows, segment, tiles=int(rng.choice([0, 1, 2, 3, 5])), blocks=blocks, packed=bool(rng.random() < 0.5),
+        rows, segment, tiles=int(rng.choice([0, 1, 2, 3, 5])), blocks=blocks,
+        packing=str(rng.choice(["none", "beside", "ahead"])),
         order=str(rng.choice(["natural", "count", "overlap"])), prefetch=blocks == 1 and bool(rng.random() < 0.4),
     )  # fmt: skip
 

@@ -20,7 +20,7 @@ from sparsert.target import TARGETS
 
 CASES: dict[str, tuple[str, Schedule, str | None, Any, bool]] = {
     "row_major": ("row_major", Schedule(2), None, None, False),
-    "packed": ("row_major", Schedule(3, packed=True, blocks=2), "before", "relu", True),
+    "packed": ("row_major", Schedule(3, packing="beside", blocks=2), "before", "relu", True),
     "tile_major": ("tile_major", Schedule(2, order="overlap", prefetch=True), "after", Clip(-1, 2.5), True),
     "transposed": ("transposed", Schedule(4), "before", "gelu", True),
     "segments": ("row_major", Schedule(2, k_segment=9), None, "silu", False),

@@ -294,7 +294,7 @@ class Interpreted:
     def panels(self) -> dict[Arg, int]:
         """Rows of scratch that a column tile may use."""
         (m, k), staged = self.task.pattern.shape, self.task.layout == "transposed"
-        rows = {Arg.PANEL: k} if staged or (self.schedule.packed and self.task.layout == "row_major") else {}
+        rows = {Arg.PANEL: k} if staged or (self.schedule.packing != "none" and self.task.layout == "row_major") else {}
         rows |= {Arg.Y_PANEL: m} if staged else {}
         rows |= {Arg.R_PANEL: m} if staged and self.task.residual else {}
         return rows | ({Arg.PARTIAL: m} if self.kernel.plan.segments > 1 else {})
@@ -326,7 +326,7 @@ def check_product(
     matrix = as_sparse(weight)
     (m, k), (found, parameters) = matrix.shape, activations.parse(activation)
     task = Task(matrix.pattern, bias, found.name if found else None, parameters, residual, layout)
-    schedule = schedule if layout == "row_major" or not schedule.packed else Schedule(schedule.rows)
+    schedule = schedule if layout == "row_major" or schedule.packing == "none" else Schedule(schedule.rows)
     kernel = matmul.generate(task, schedule, target)
     x, r = rng.standard_normal((k, columns)).astype(np.float32), rng.standard_normal((m, columns)).astype(np.float32)
     if special:
@@ -361,10 +361,12 @@ def sparse(rng: np.random.Generator, rows: int, cols: int, density: float) -> np
 
 SCHEDULES = [
     Schedule(1), Schedule(3), Schedule(2, tiles=1), Schedule(3, tiles=2, order="count"), Schedule(2, k_segment=3),
-    Schedule(3, k_segment=2, tiles=1, order="overlap"), Schedule(3, packed=True), Schedule(2, prefetch=True),
-    Schedule(2, k_segment=4, tiles=2, packed=True), Schedule(3, k_segment=5, tiles=1, packed=True, prefetch=True),
-    Schedule(2, blocks=0), Schedule(3, blocks=2, packed=True), Schedule(2, k_segment=4, blocks=2, packed=True),
-    Schedule(2, k_segment=3, blocks=0, tiles=2, order="overlap"),
+    Schedule(3, k_segment=2, tiles=1, order="overlap"), Schedule(3, packing="beside"), Schedule(2, prefetch=True),
+    Schedule(2, k_segment=4, tiles=2, packing="beside"),
+    Schedule(3, k_segment=5, tiles=1, packing="beside", prefetch=True), Schedule(2, blocks=0),
+    Schedule(3, blocks=2, packing="beside"), Schedule(2, k_segment=4, blocks=2, packing="beside"),
+    Schedule(2, k_segment=3, blocks=0, tiles=2, order="overlap"), Schedule(3, packing="ahead"),
+    Schedule(2, k_segment=4, blocks=2, tiles=2, packing="ahead"),
 ]  # fmt: skip
 EPILOGUES: list[dict[str, Any]] = [
     {}, {"bias": True}, {"residual": "before"}, {"residual": "after", "bias": True},
@@ -402,7 +404,7 @@ def test_every_extent(target: Target, layout: str, extents: tuple[int, int, int]
     if layout == "transposed" and min(rows, cols) < 4:
         pytest.skip("products this narrow run as row-major ones")
     for density in (0.0, 0.3, 1.0):
-        for schedule in (Schedule(2), Schedule(most_rows(target, 12), packed=True)):
+        for schedule in (Schedule(2), Schedule(most_rows(target, 12), packing="beside")):
             check_product(target, sparse(rng, rows, cols, density), columns, schedule, rng, layout=layout)
 
 

@@ -119,7 +119,7 @@ def test_the_fast_path_of_linear_gives_the_same_bits(target: str, rng: np.random
         (lambda: sparsert.compile_matmul(np.eye(4, dtype="f"), layout=np.zeros(2)), UnsupportedError),  # type: ignore[arg-type]
         (lambda: sparsert.compile_matmul(np.eye(4, dtype="f"), precision=np.zeros(2)), UnsupportedError),  # type: ignore[arg-type]
         (lambda: sparsert.Schedule(4, order=[]), ScheduleError),  # type: ignore[arg-type]
-        (lambda: sparsert.Schedule(4, packed="no"), ScheduleError),  # type: ignore[arg-type]
+        (lambda: sparsert.Schedule(4, packing="no"), ScheduleError),  # type: ignore[arg-type]
     ],
 )  # fmt: skip
 def test_mistakes_are_named(call: Any, error: type[Exception]) -> None:

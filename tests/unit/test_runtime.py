@@ -199,7 +199,7 @@ def switching_often() -> Iterator[None]:
 def test_eight_threads_call_one_operator(target: str, rng: np.random.Generator) -> None:
     weight, bias = dense_matrix(rng, 70, 90, 0.2), rng.standard_normal(70).astype(np.float32)
     op = sparsert.compile_matmul(
-        weight, bias, "silu", target=target, schedule=sparsert.Schedule(rows=4, k_segment=40, packed=True)
+        weight, bias, "silu", target=target, schedule=sparsert.Schedule(rows=4, k_segment=40, packing="beside")
     )
     xs = [rng.standard_normal((90, columns)).astype(np.float32) for columns in (3, 16, 40, 200)]
     wanted = [op(x) for x in xs]
@@ -398,7 +398,7 @@ def cycles(count: int, target: str) -> None:
     weight, x = dense_matrix(rng, 40, 30, 0.3), rng.standard_normal((30, 48)).astype(np.float32)
     for turn in range(count):
         op = sparsert.compile_matmul(
-            weight, activation="relu", target=target, schedule=sparsert.Schedule(4, k_segment=10, packed=True)
+            weight, activation="relu", target=target, schedule=sparsert.Schedule(4, k_segment=10, packing="beside")
         )
         op(x[:, : 16 + turn % 32])
         if turn % 8 == 0:

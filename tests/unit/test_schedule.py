@@ -13,7 +13,7 @@ import sparsert
 from oracle import COMPILED, complaint, dense_matrix, expected, same_bits
 from sparsert import Schedule
 from sparsert.errors import ScheduleError
-from sparsert.schedule.schedule import most_rows
+from sparsert.schedule.schedule import PACKING, most_rows
 from sparsert.sparsity.pattern import as_sparse
 from sparsert.sparsity.reorder import ORDERS, loads
 from sparsert.target import TARGETS
@@ -32,7 +32,8 @@ def uneven(rng: np.random.Generator, rows: int, cols: int, density: float) -> np
     ("field", "value"),
     [("rows", 0), ("rows", -3), ("rows", 2.0), ("rows", "4"), ("rows", True), ("rows", None), ("k_segment", -1),
      ("k_segment", 1.5), ("k_segment", False), ("tiles", -1), ("tiles", "all"), ("blocks", -2), ("blocks", None),
-     ("order", "best"), ("order", None)],
+     ("order", "best"), ("order", None),
+     ("packing", "yes"), ("packing", True), ("prefetch", 1)],
 )  # fmt: skip
 def test_illegal_by_themselves(field: str, value: Any) -> None:
     with pytest.raises(ScheduleError) as caught:
@@ -47,24 +48,19 @@ def test_prefetching_goes_with_single_blocks() -> None:
 
 
 def test_schedules_are_values() -> None:
-    one = Schedule(rows=4, k_segment=32, tiles=2, blocks=3, packed=True, order="count")
-    assert one == dataclasses.replace(Schedule(rows=4), k_segment=32, tiles=2, blocks=3, packed=True, order="count")
+    one = Schedule(rows=4, k_segment=32, tiles=2, blocks=3, packing="beside", order="count")
+    assert one == dataclasses.replace(
+        Schedule(rows=4), k_segment=32, tiles=2, blocks=3, packing="beside", order="count"
+    )
     assert len({one, dataclasses.replace(one)}) == 1
     with pytest.raises(dataclasses.FrozenInstanceError):
         one.rows = 5  # type: ignore[misc]
     assert "\n" not in str(one)
-    for word in ("rows=4", "k_segment=32", "tiles=2", "blocks=3", "packed", "order=count"):
+    for word in ("rows=4", "k_segment=32", "tiles=2", "blocks=3", "packing=beside", "order=count"):
         assert word in str(one)
     assert (
-        len(
-            {
-                str(Schedule(4, prefetch=p, packed=q, order=o))
-                for p in (False, True)
-                for q in (False, True)
-                for o in ORDERS
-            }
-        )
-        == 12
+        len({str(Schedule(4, prefetch=p, packing=q, order=o)) for p in (False, True) for q in PACKING for o in ORDERS})
+        == 18
     )
 
 
@@ -132,14 +128,16 @@ def variants(most: int) -> list[Schedule]:
     rows = sorted({1, 2, min(5, most), most})
     plain = [Schedule(r, tiles=t) for r in rows for t in (0, 1, 3)]
     split = [Schedule(most, k_segment=k, tiles=t) for k in (1, 7, 25, 1000) for t in (0, 2)]
-    packed = [Schedule(min(4, most), k_segment=k, tiles=t, packed=True) for k in (0, 10) for t in (0, 1, 2)]
+    packed = [
+        Schedule(min(4, most), k_segment=k, tiles=t, packing=p) for k, t, p in product((0, 10), (0, 1, 2), PACKING)
+    ]
     ordered = [
         Schedule(min(6, most), order=o, prefetch=p, k_segment=k) for o in ORDERS for p in (False, True) for k in (0, 11)
     ]
     passes = [
-        Schedule(min(3, most), k_segment=k, blocks=n, tiles=t, packed=p, order=o)
+        Schedule(min(3, most), k_segment=k, blocks=n, tiles=t, packing=p, order=o)
         for k, n, t in product((0, 11), (0, 2, 5), (0, 2))
-        for p, o in product((False, True), ("natural", "count"))
+        for p, o in product(PACKING, ("natural", "count"))
     ]
     return plain + split + packed + ordered + passes
 
@@ -178,7 +176,8 @@ def test_a_segment_is_a_segment_of_the_code(target: str, rng: np.random.Generato
         Schedule(6),
         Schedule(3),
         Schedule(6, k_segment=20),
-        Schedule(6, packed=True),
+        Schedule(6, packing="beside"),
+        Schedule(6, packing="ahead"),
         Schedule(6, order="overlap"),
         Schedule(6, blocks=2),
         Schedule(6, blocks=0),

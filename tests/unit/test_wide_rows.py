@@ -30,7 +30,7 @@ def test_the_bound_holds_where_all_products_have_one_sign(target: str, extent: i
             got = op(x)
         assert (np.abs(got - want) <= bound).all()
     op = sparsert.compile_matmul(weight, bias, "relu", target=target)
-    for schedule in (Schedule(3), Schedule(2, k_segment=1000), Schedule(1, packed=True, tiles=2, prefetch=True)):
+    for schedule in (Schedule(3), Schedule(2, k_segment=1000), Schedule(1, packing="beside", tiles=2, prefetch=True)):
         again = sparsert.compile_matmul(weight, bias, "relu", target=target, schedule=schedule)
         assert same_bits(again(x), op(x))
     linear = sparsert.compile_linear(np.vstack([weight, weight]), np.hstack([bias, bias]), "relu", target=target)

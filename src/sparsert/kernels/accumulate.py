@@ -36,7 +36,8 @@ class Body:
         columns: by name, as :meth:`~sparsert.codegen.vector.Builder.emit_many` takes them.
         cuts: (cells + 1,) rows at which the cells, blocks of segments, begin.
         idle: per cell, the accumulators that none of its taps touches, if any.
-        copied: per cell that packs, the input rows that others read from the panel, but no tap of its own loads.
+        copied: by the first cell of a segment, the input rows to copy to the panel: those that others read, but no tap
+            that packs loads.
         lines: per pointer that runs ahead, (cells,) how many lines each cell prefetches through it.
     """
 
@@ -48,13 +49,13 @@ class Body:
 
 
 def accumulate(
-    taps: Taps, p: Plan, schedule: Schedule, target: Target, tiled: bool, packs: bool, handover: Handover
+    taps: Taps, p: Plan, schedule: Schedule, target: Target, tiled: bool, packing: str, handover: Handover
 ) -> Body:
     """Loads and multiply-adds of every block at once: array operations only, whatever the number of nonzeros.
 
-    With ``tiled``, x is read tile by tile and every displacement is a constant; with ``packs``, from a panel, to which
-    the first block of every segment stores what it loads from where the caller has it. With ``schedule.prefetch``, the
-    taps of the others touch the code and the values that follow line by line: four tiles cover a block of equal size.
+    With ``tiled``, x is read tile by tile and every displacement is a constant; with ``packing`` from a panel, but in
+    the blocks that pack beside their taps from where the caller has it. With ``schedule.prefetch``, the taps of the
+    others touch the code and the values that follow line by line: four tiles cover a block of equal size.
     """
     broadcast = 0 if target.embedded_broadcast else 1
     n = p.taps.size
@@ -63,11 +64,11 @@ def accumulate(
     cell, started = cells[begins].astype(np.int64), p.accumulator[begins]
     stores = started < handover.deferred
     k, loaded = taps.pitch[p.taps].astype(np.int64), np.flatnonzero(p.fresh)
-    packing = cells % p.n_blocks == 0 if packs else np.zeros(n, bool)
-    kept, copied = _panel_rows(p, k, packing, loaded[packing[loaded]]) if packs else (loaded[:0], {})
+    packs = cells % p.n_blocks == 0 if packing == "beside" else np.zeros(n, bool)
+    kept, copied = (loaded[:0], {}) if packing == "none" else _panel_rows(p, k, packs, loaded[packs[loaded]])
     per_tap = p.fresh + np.int64(1 + broadcast)
     per_tap[kept] += 1
-    running = np.flatnonzero(~packing) if schedule.prefetch else loaded[:0]
+    running = np.flatnonzero(~packs) if schedule.prefetch else loaded[:0]
     touching = [running[every - 1 :: every] for every in PREFETCH.values()]
     for touched in touching:
         per_tap[touched] += 1
@@ -91,9 +92,9 @@ def accumulate(
         lines[pointer] = np.diff(first)
         line = np.arange(touched.size) - np.repeat(first[:-1], lines[pointer])
         put(touched, op=OP["prefetch"], ptr=pointer, disp=line * LINE)
-    in_place = packing[loaded] if tiled else np.ones(loaded.size, bool)
+    in_place = packs[loaded] if tiled else np.ones(loaded.size, bool)
     row = k[loaded]
-    if packs or not tiled:
+    if in_place.any():
         where = {"step": np.where(in_place, row, 0), "disp": np.where(in_place, 0, row * target.tile_bytes)}
     else:
         where = {"disp": row * target.tile_bytes}
@@ -113,10 +114,10 @@ def accumulate(
     return Body(c, cuts, idle, copied, lines)
 
 
-def _panel_rows(p: Plan, k: Ints, packing: NDArray[np.bool_], loaded: Ints) -> tuple[Ints, dict[int, Ints]]:
-    """Which of ``loaded``, the taps that load x in packing cells, load rows that others need; and what they miss."""
+def _panel_rows(p: Plan, k: Ints, packs: NDArray[np.bool_], loaded: Ints) -> tuple[Ints, dict[int, Ints]]:
+    """Which of ``loaded``, the taps that load x and pack, load rows that others need; and the rows they miss."""
     missing = np.zeros(int(k.max(initial=-1)) + 1, bool)
-    missing[k[~packing]] = True
+    missing[k[~packs]] = True
     kept = loaded[missing[k[loaded]]]
     missing[k[kept]] = False
     rows = np.flatnonzero(missing)

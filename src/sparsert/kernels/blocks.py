@@ -33,18 +33,20 @@ class Blocks:
     plan: Plan
     body: Body
     tiled: bool  # x is read tile by tile,
-    packs: bool  # from a panel that the first block of a segment fills
+    packing: str  # and how it got there
     finish: Template | None
     handover: Handover
     scatters: bool  # transposed output is written from the accumulators, without a panel in between
 
     def emit(self, b: Builder) -> None:
-        if not self.tiled or self.packs or self.scatters:
+        if not self.tiled or self.packing != "none" or self.scatters:
             load_multiples(b, Arg.Y_PITCH if self.scatters else Arg.X_PITCH)
         here = b.label()
         for cells in self._passes():
             following = b.label()
             b.place(here)
+            if self.packing == "ahead" and cells[0] in self.body.copied:
+                self._copy_pass(b, self.body.copied[cells[0]])
             self._pass(b, cells, following)
             here = following
         b.place(here)
@@ -95,7 +97,7 @@ class Blocks:
         body = slice(int(c.cuts[cell]), int(c.cuts[cell + 1]))
         x, y, r, sums = self._cursors
         n, later = rows.size, cell >= p.n_blocks
-        if self.packs and block == 0:
+        if self.packing == "beside" and block == 0:
             self._in_place.point(b, S.X)
             x.point(b, S.PANEL)
             if cell in c.copied:
@@ -126,7 +128,7 @@ class Blocks:
     def _walked(self, cell: int) -> Iterator[Cursor]:
         """The cursors that a turn of ``cell`` points with."""
         x, y, r, sums = self._cursors
-        if self.packs and cell % self.plan.n_blocks == 0:
+        if self.packing == "beside" and cell % self.plan.n_blocks == 0:
             yield self._in_place
         yield x
         if self._ends(cell):
@@ -152,8 +154,23 @@ class Blocks:
             b.emit("s_arg", d=S.K, disp=Arg.W.byte)
             b.emit("s_addi", d=S.K, disp=4 * int(p.value_slot[end] if end < p.taps.size else p.slots))
 
+    def _copy_pass(self, b: Builder, k: NDArray[np.int64]) -> None:
+        """Rows ``k`` of x to the panel, for all tiles of the group."""
+        cursors = (self._in_place, self._cursors[0])
+        for cursor in cursors:
+            cursor.rewind(b)
+        b.emit("s_arg", d=S.T, disp=Arg.COUNT.byte)
+        tile = b.label("pack x")
+        b.place(tile)
+        for cursor, register in zip(cursors, (S.X, S.PANEL), strict=True):
+            cursor.point(b, register)
+        self._copy(b, k)
+        for cursor in cursors:
+            cursor.advance(b)
+        b.emit("loop", a=S.T, disp=tile)
+
     def _copy(self, b: Builder, k: NDArray[np.int64]) -> None:
-        """Rows ``k`` of x to the panel."""
+        """Rows ``k`` of the current tile of x to the panel."""
         stores, register = np.tile([False, True], k.size), self.schedule.rows
         k = np.repeat(k, 2)
         b.emit_many(
@@ -195,7 +212,7 @@ class Blocks:
             x, r = Cursor(Arg.XT, Arg.PANEL, Arg.ZERO, columns), Cursor(Arg.RT, Arg.R_PANEL, Arg.ZERO, rows)
             y = TRANSPOSED_Y if self.scatters else Cursor(Arg.YT, Arg.Y_PANEL, Arg.ZERO, rows)
         else:
-            x = Cursor(Arg.PANEL_T, Arg.PANEL, Arg.ZERO, columns) if self.packs else self._in_place
+            x = Cursor(Arg.PANEL_T, Arg.PANEL, Arg.ZERO, columns) if self.packing != "none" else self._in_place
             y, r = (
                 Cursor(Arg.YT, Arg.Y, Arg.Y_NEXT, tile, Arg.Y_LAST),
                 Cursor(Arg.RT, Arg.R, Arg.R_NEXT, tile, Arg.R_LAST),

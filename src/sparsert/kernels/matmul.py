@@ -72,11 +72,11 @@ def generate(task: Task, schedule: Schedule, target: Target) -> Kernel:
     scatters = _scatters(task) and schedule.order == "natural" and schedule.rows >= 4
     p = plan(taps, extent, order, schedule, task.bias, 4 if scatters else 1)
     b = Builder()
-    packs = schedule.packed and task.layout == "row_major"
-    tiled = packs or task.layout != "row_major"
+    packing = schedule.packing if task.layout == "row_major" else "none"
+    tiled = packing != "none" or task.layout != "row_major"
     handover = _handover(task, schedule, target, p, scatters)
     transposes = task.layout == "transposed"  # between groups, which overwrites what waits in the accumulators
-    body = accumulate(taps, p, schedule, target, tiled, packs, handover)
+    body = accumulate(taps, p, schedule, target, tiled, packing, handover)
     done, group = b.label("done"), b.label("next group of tiles")
     b.emit("enter")
     for source, variable in (
@@ -100,9 +100,9 @@ def generate(task: Task, schedule: Schedule, target: Target) -> Kernel:
             layout.pack_transposed(b, target, rows, layout.TRANSPOSED_R, Arg.R_PITCH, Arg.R_PANEL)
     if handover.chained and transposes:
         handover.open(b)
-    Blocks(task, target, schedule, p, body, tiled, packs, epilogue.template(task, target, b), handover, scatters).emit(
-        b
-    )
+    Blocks(
+        task, target, schedule, p, body, tiled, packing, epilogue.template(task, target, b), handover, scatters
+    ).emit(b)
     if handover.chained and transposes:
         handover.close(b)
     if task.layout == "transposed" and not scatters:

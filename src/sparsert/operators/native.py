@@ -87,7 +87,7 @@ class NativeProduct:
         self.values: list[tuple[Array, int]] = [(aligned_empty(0), 0)]
         # More vectors of x may be loaded where the caller has it than stored of y: then its rows get aligned.
         m, k = task.pattern.shape
-        self.aligns_x = k * (1 if schedule.packed else kernel.plan.n_blocks) >= m
+        self.aligns_x = k * (1 if schedule.packing != "none" else kernel.plan.n_blocks) >= m
         self._bindings: dict[tuple[int, ...], Binding] = {}
         self._kept = 0  # bytes of scratch in frames, roughly: threads may count at once
 
@@ -160,7 +160,7 @@ class NativeProduct:
         m, k = task.pattern.shape
         staged = task.layout == "transposed"
         return {
-            Arg.PANEL: k if staged or (self.schedule.packed and task.layout == "row_major") else 0,
+            Arg.PANEL: k if staged or (self.schedule.packing != "none" and task.layout == "row_major") else 0,
             Arg.R_PANEL: m if staged and task.residual else 0,
             Arg.Y_PANEL: m if staged and not self.kernel.scatters else 0,
             Arg.PARTIAL: m if self.kernel.plan.segments > 1 else 0,

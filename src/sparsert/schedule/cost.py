@@ -8,6 +8,7 @@ from .task import Task
 
 # What the rules below were read off (Zen 4, the layers of MobileNetV1 and BERT, uniform patterns of 80 to 98 %).
 _PACKING_BLOCKS = 3  # x is read in place if fewer blocks than this load it
+_COPIED = 48  # so few input rows are packed ahead: cache lines that two tiles share stay in L1 from one to the other
 _PACKING_TAPS = 6  # packing a row of x pays from so many uses on
 _SEGMENT = 1024  # input rows per segment: its part of x stays in L2 and a block's code near L1
 _SEGMENT_TAPS = 2000  # ... if that leaves a block enough work to amortise carrying the sums
@@ -29,7 +30,7 @@ def choose(task: Task, target: Target, spare: int) -> Schedule:
     pattern = task.pattern
     rows, columns = most_rows(target, spare), pattern.cols
     reused = pattern.rows > (_PACKING_BLOCKS - 1) * rows
-    packed = task.layout == "row_major" and reused and pattern.nnz >= _PACKING_TAPS * columns
+    packs = task.layout == "row_major" and reused and pattern.nnz >= _PACKING_TAPS * columns
     segments = -(-columns // _SEGMENT)
     if segments > 1 and rows * _SEGMENT * pattern.density >= _SEGMENT_TAPS:
         k_segment = -(-columns // segments)
@@ -48,7 +49,7 @@ def choose(task: Task, target: Target, spare: int) -> Schedule:
         k_segment,
         tiles,
         blocks,
-        packed=packed,
+        packing="none" if not packs else "beside" if columns > _COPIED else "ahead",
         order="overlap" if clustered else "natural",
         prefetch=not tiles and blocks == 1 and code > _PREFETCH_CODE * target.l1i,
     )
@@ -86,7 +87,7 @@ def reason(task: Task, target: Target, schedule: Schedule) -> str:
         words.append(
             f"about {kib:.0f} KiB of code exceed the instruction cache, so all tiles pass over each block of it"
         )
-    if schedule.packed:
+    if schedule.packing != "none":
         words.append(
             f"each row of x is used {pattern.nnz / max(1, pattern.cols):.0f} times a tile, which pays for packing it"
         )

@@ -10,6 +10,12 @@ from ..errors import ScheduleError
 from ..sparsity.reorder import ORDERS
 from ..target import Target
 
+PACKING = {
+    "none": "x is read where the caller has it",
+    "beside": "the first block of every segment stores what it loads there, beside its multiply-adds",
+    "ahead": "a pass of its own copies the rows of a segment first",
+}
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -22,8 +28,8 @@ class Schedule:
         blocks: row blocks per pass over the tiles of a group, 0 for all. 1 is the *code-stationary* order (a block of
             code stays in the instruction cache while all tiles pass), all the *input-stationary* one (a tile of x
             stays in L1 while all code passes).
-        packed: x is copied into tile-major scratch first (row-major layout only; tile-major x needs none, transposed x
-            always does).
+        packing: how row-major x gets into tile-major scratch: a name of :data:`PACKING`. Tile-major x needs none,
+            transposed x is always copied.
         order: how rows are dealt to blocks: a name of :data:`sparsert.sparsity.reorder.ORDERS`.
         prefetch: code of the next block is prefetched into L2 while a block runs; passes are of one block then.
     """
@@ -32,22 +38,23 @@ class Schedule:
     k_segment: int = 0
     tiles: int = 0
     blocks: int = 1
-    packed: bool = False
+    packing: str = "none"
     order: str = "natural"
     prefetch: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.order, str) or self.order not in ORDERS:
-            raise ScheduleError(f"unknown row order {self.order!r}", where="order", hint=f"Known: {', '.join(ORDERS)}.")
+        for name, known in (("order", ORDERS), ("packing", PACKING)):
+            value = getattr(self, name)
+            if not isinstance(value, str) or value not in known:
+                raise ScheduleError(f"{name}={value!r} is unknown", where=name, hint=f"Known: {', '.join(known)}.")
         for name in ("rows", "k_segment", "tiles", "blocks"):
             value = getattr(self, name)
             if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < (name == "rows"):
                 raise ScheduleError(
                     f"{name}={value!r} is not a {'positive' if name == 'rows' else 'non-negative'} integer", where=name
                 )
-        for name in ("packed", "prefetch"):
-            if not isinstance(getattr(self, name), bool):
-                raise ScheduleError(f"{name}={getattr(self, name)!r} is neither True nor False", where=name)
+        if not isinstance(self.prefetch, bool):
+            raise ScheduleError(f"prefetch={self.prefetch!r} is neither True nor False", where="prefetch")
         if self.prefetch and self.blocks != 1:
             raise ScheduleError("prefetch goes with passes of one block", where="blocks", hint="Use blocks=1.")
 
@@ -70,7 +77,7 @@ class Schedule:
         return (
             f"rows={self.rows} k_segment={self.k_segment or 'all'} tiles={self.tiles or 'all'} "
             f"blocks={self.blocks or 'all'} "
-            f"x={'packed' if self.packed else 'direct'} order={self.order}{' prefetch' if self.prefetch else ''}"
+            f"packing={self.packing} order={self.order}{' prefetch' if self.prefetch else ''}"
         )
 
 
