@@ -115,11 +115,19 @@ class Program:
         return int(self.columns["op"].size)
 
 
+Row = tuple[int, int, int, int, int, int, int]
+
+
+def row(name: str, d: int = 0, a: int = 0, b: int = 0, ptr: int = 0, step: int = 0, disp: int = 0) -> Row:
+    """A row of a program."""
+    return OP[name], d, a, b, ptr, step, disp
+
+
 @dataclass
 class Builder:
     """Collects rows; whole arrays at a time where there are many."""
 
-    _rows: list[tuple[int, ...]] = field(default_factory=list)
+    _rows: list[Row] = field(default_factory=list)
     _places: list[int] = field(default_factory=list)  # of the single rows
     _runs: list[tuple[Any, ...]] = field(default_factory=list)  # place, length, then a value or an array per column
     _size: int = 0
@@ -129,9 +137,15 @@ class Builder:
 
     def emit(self, name: str, d: int = 0, a: int = 0, b: int = 0, ptr: int = 0, step: int = 0, disp: int = 0) -> None:
         """One row."""
-        self._rows.append((OP[name], d, a, b, ptr, step, disp))
+        self._rows.append(row(name, d, a, b, ptr, step, disp))
         self._places.append(self._size)
         self._size += 1
+
+    def emit_rows(self, rows: tuple[Row, ...]) -> None:
+        """Rows that :func:`row` has made: quicker where the same ones come again and again."""
+        self._rows += rows
+        self._places += range(self._size, self._size + len(rows))
+        self._size += len(rows)
 
     def emit_many(
         self, op: Any, n: int, d: Any = 0, a: Any = 0, b: Any = 0, ptr: Any = 0, step: Any = 0, disp: Any = 0

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..codegen.vector import OP, Builder, S
+from ..codegen.vector import OP, Builder, Row, S, row
 from ..target import Target
 from .arguments import Arg
 
@@ -34,25 +35,38 @@ class Cursor:
 
     def rewind(self, b: Builder) -> None:
         """To the first tile of the group."""
-        b.emit("s_arg", d=S.TMP, disp=self.start.byte)
-        b.emit("s_put", a=S.TMP, disp=self.at.byte)
+        b.emit_rows(_rewind(self))
 
     def point(self, b: Builder, register: S) -> None:
         """The tile's address into ``register``."""
-        b.emit("s_arg", d=register, disp=self.at.byte)
-        if self.last is not None:
-            b.emit("s_max_arg", d=register, disp=Arg.ZERO.byte)
-            b.emit("s_min_arg", d=register, disp=self.last.byte)
-        b.emit("s_add_arg", d=register, disp=self.base.byte)
+        b.emit_rows(_point(self, register))
 
     def advance(self, b: Builder) -> None:
         """To the next tile."""
-        b.emit("s_arg", d=S.TMP, disp=self.at.byte)
-        if isinstance(self.step, Arg):
-            b.emit("s_add_arg", d=S.TMP, disp=self.step.byte)
-        else:
-            b.emit("s_addi", d=S.TMP, disp=self.step)
-        b.emit("s_put", a=S.TMP, disp=self.at.byte)
+        b.emit_rows(_advance(self))
+
+
+@lru_cache(256)
+def _rewind(cursor: Cursor) -> tuple[Row, ...]:
+    return row("s_arg", d=S.TMP, disp=cursor.start.byte), row("s_put", a=S.TMP, disp=cursor.at.byte)
+
+
+@lru_cache(256)
+def _point(cursor: Cursor, register: S) -> tuple[Row, ...]:
+    rows = [row("s_arg", d=register, disp=cursor.at.byte)]
+    if cursor.last is not None:
+        rows.append(row("s_max_arg", d=register, disp=Arg.ZERO.byte))
+        rows.append(row("s_min_arg", d=register, disp=cursor.last.byte))
+    return *rows, row("s_add_arg", d=register, disp=cursor.base.byte)
+
+
+@lru_cache(256)
+def _advance(cursor: Cursor) -> tuple[Row, ...]:
+    if isinstance(cursor.step, Arg):
+        step = row("s_add_arg", d=S.TMP, disp=cursor.step.byte)
+    else:
+        step = row("s_addi", d=S.TMP, disp=cursor.step)
+    return row("s_arg", d=S.TMP, disp=cursor.at.byte), step, row("s_put", a=S.TMP, disp=cursor.at.byte)
 
 
 TRANSPOSED_X = Cursor(Arg.XT, Arg.X, Arg.X_NEXT, Arg.X_TILE, Arg.X_LAST)

@@ -7,6 +7,7 @@ A batch holds any number of instructions that share a row of the table and an en
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -90,17 +91,18 @@ def encode(batches: list[Batch], labels: int) -> Encoded:
 
 
 def _encoded(batch: Batch) -> tuple[Words, Words | None, Ints | int]:
-    """What :func:`_encode` gives; batches of one instruction without arrays, as around calls, are encoded once."""
-    if batch.place.size != 1 or not all(isinstance(value, int) for value in batch.fields.values()):
+    """What :func:`_encode` gives; single instructions, as around calls and loops, come again in every program."""
+    if batch.place.size != 1:
         return _encode(batch)
-    key = batch.row, batch.encoding, batch.bcast, *batch.fields.items()
-    known = _KNOWN.get(key)
-    if known is None:
-        known = _KNOWN[key] = _encode(batch)
-    return known
+    fields = tuple([(key, value if isinstance(value, int) else int(value[0])) for key, value in batch.fields.items()])
+    return _encode_one(batch.row, batch.encoding, batch.bcast, fields)
 
 
-_KNOWN: dict[tuple[Any, ...], tuple[Words, Words | None, Ints | int]] = {}
+@lru_cache(4096)
+def _encode_one(
+    row: int, encoding: int, bcast: bool, fields: tuple[tuple[str, int], ...]
+) -> tuple[Words, Words | None, Ints | int]:
+    return _encode(Batch(row, encoding, np.zeros(1, np.int64), dict(fields), bcast))
 
 
 def _encode(batch: Batch) -> tuple[Words, Words | None, Ints | int]:
