@@ -117,7 +117,6 @@ def test_real_sets(test_data: Path) -> None:
     mobile = problems.select("mobilenet_v1")
     assert [p.columns for p in mobile] == [12544, 3136, 3136, 784, 784, *[196] * 6, 49, 49]
     assert mobile[6].shape == (512, 512, 196)
-    assert all(p.bias is not None and p.bias.shape == (p.shape[0],) for p in mobile)
     assert [p.name for p in mobile if p.note] == [mobile[12].name]
     assert "uniform random stand-in" in mobile[12].note
     assert all(p.sparsity == pytest.approx(0.9, abs=2e-3) for p in mobile)
@@ -141,9 +140,9 @@ def product_form(name: str = "W@X", **changes: object) -> Form:
     return replace(form, **changes)
 
 
-def tiny(kind: str = "matmul", bias: bool = False) -> Problem:
+def tiny(kind: str = "matmul") -> Problem:
     weight = problems.uniform(7, 9, 0.5)
-    return Problem("tiny 7x9x21", "tiny", weight, 21, kind=kind, bias=np.arange(7, dtype=np.float32) if bias else None)
+    return Problem("tiny 7x9x21", "tiny", weight, 21, kind=kind)
 
 
 @pytest.mark.parametrize("layout", ["kn", "nk", "tiles"])
@@ -210,22 +209,6 @@ def test_wrong_and_failing_forms_are_dropped_and_said() -> None:
 def test_a_failure_of_ours_is_not_hidden() -> None:
     with pytest.raises(RuntimeError, match="no such kernel"):
         baselines.prepare("sparsert", [product_form(bind=fails, role="ours")], Prepared.of(tiny()))
-
-
-def test_only_forms_that_add_the_bias_get_and_owe_it() -> None:
-    def biased(layer: Layer) -> Bound:
-        assert layer.bias is not None
-        return Bound(lambda: layer.dense @ layer.x + layer.bias[:, None])
-
-    prepared = Prepared.of(tiny(bias=True))
-    forms = [
-        product_form("bare"),
-        product_form("biased", bind=biased, adds_bias=True),
-        product_form("owes", adds_bias=True),
-    ]
-    candidates, dropped = baselines.prepare("numpy", forms, prepared)
-    assert [c.form for c in candidates] == ["bare", "biased"]
-    assert len(dropped) == 1
 
 
 def test_a_chain_passes_results_on() -> None:

@@ -169,6 +169,23 @@ def test_results_do_not_depend_on_the_schedule(
 
 
 @pytest.mark.parametrize("target", COMPILED)
+@pytest.mark.parametrize("bias", [False, True])
+def test_signs_of_zeros_do_not_depend_on_the_schedule(target: str, bias: bool, rng: np.random.Generator) -> None:
+    """A sum of products that are all -0 is -0, unless a bias of +0 comes first."""
+    weight = -np.abs(uneven(rng, 40, 50, 0.1))
+    weight[7] = 0
+    b = np.zeros(40, np.float32) if bias else None
+    x = np.where(rng.random((50, 20)) < 0.5, 0.0, -0.0).astype(np.float32)
+    wanted = sparsert.compile_matmul(weight, b, target=target)(x)
+    signs = np.signbit(wanted)
+    all_negative = ((weight != 0).astype(int) @ np.signbit(x).astype(int) == 0) & (weight != 0).any(axis=1)[:, None]
+    assert not wanted.any()
+    assert np.array_equal(signs, all_negative & (b is None))
+    for schedule in variants(sparsert.compile_matmul(weight, b, target=target).schedule.rows):  # type: ignore[union-attr]
+        assert same_bits(sparsert.compile_matmul(weight, b, target=target, schedule=schedule)(x), wanted), schedule
+
+
+@pytest.mark.parametrize("target", COMPILED)
 def test_a_segment_is_a_segment_of_the_code(target: str, rng: np.random.Generator) -> None:
     """The code differs where the schedule does; the bits above would agree just as well if it did not."""
     weight = dense_matrix(rng, 30, 60, 0.3)

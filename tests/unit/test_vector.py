@@ -24,8 +24,8 @@ def test_the_vocabulary_is_numbered_and_named_once() -> None:
     assert len({op.name for op in OPS}) == len(OPS) <= 256
     assert [OP[op.name] for op in OPS] == list(range(len(OPS)))
     assert {op.name for op in OPS if "m" in op.form} == {
-        "load", "store", "bcast", "fma_bcast", "load4", "insert4", "store4", "set_mask", "load_mask", "store_mask",
-        "prefetch",
+        "load", "store", "bcast", "fma_bcast", "mul_bcast", "load4", "insert4", "store4", "set_mask", "load_mask",
+        "store_mask", "prefetch",
     }  # fmt: skip
     assert all(set(op.form) <= set("dabmi") and len(set(op.form)) == len(op.form) for op in OPS)
 
@@ -33,7 +33,9 @@ def test_the_vocabulary_is_numbered_and_named_once() -> None:
 def test_each_encoding_has_a_recipe_for_what_kernels_may_emit_there() -> None:
     everything = {op.name for op in OPS}
     assert set(RECIPES[EVEX512]) == everything
-    assert set(RECIPES[VEX256]) == everything - {"fma_bcast"}, "AVX2 broadcasts in an instruction of its own"
+    assert set(RECIPES[VEX256]) == everything - {"fma_bcast", "mul_bcast"}, (
+        "AVX2 broadcasts in an instruction of its own"
+    )
 
 
 def test_scalar_registers_have_machine_registers_of_their_own() -> None:

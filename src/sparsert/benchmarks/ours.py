@@ -13,23 +13,20 @@ TILE_MAJOR = "tile-major"
 
 
 def sparsert_forms(threads: int, target: str = "native") -> list[Form]:
-    """The operator bound to the user's own NumPy memory, and to tile-major buffers as inside a network.
-
-    Both add the layer's bias where it has one, which the peers are not asked to do.
-    """
+    """The operator bound to the user's own NumPy memory, and to tile-major buffers as inside a network."""
 
     def matmul(layer: Layer, layout: str) -> Bound:
         from .. import compile_matmul
 
         start = time.perf_counter()
-        op = compile_matmul(layer.sparse, layer.bias, target=target, threads=threads, layout=layout)
+        op = compile_matmul(layer.sparse, target=target, threads=threads, layout=layout)
         return _bound(op, layer, time.perf_counter() - start)
 
     def linear(layer: Layer) -> Bound:
         from .. import compile_linear
 
         start = time.perf_counter()
-        op = compile_linear(layer.sparse, layer.bias, target=target, threads=threads)
+        op = compile_linear(layer.sparse, target=target, threads=threads)
         return _bound(op, layer, time.perf_counter() - start)
 
     return [
@@ -39,7 +36,6 @@ def sparsert_forms(threads: int, target: str = "native") -> list[Form]:
             lambda layer: matmul(layer, "row_major"),
             "ours",
             aligned=False,
-            adds_bias=True,
             kinds=("matmul",),
         ),
         Form(
@@ -47,11 +43,10 @@ def sparsert_forms(threads: int, target: str = "native") -> list[Form]:
             "tiles",
             lambda layer: matmul(layer, "tile_major"),
             "ours",
-            adds_bias=True,
             kinds=("matmul",),
             tile=lookup(target).lanes,
         ),
-        Form(ROW_MAJOR, "nk", linear, "ours", aligned=False, adds_bias=True, kinds=("linear",)),
+        Form(ROW_MAJOR, "nk", linear, "ours", aligned=False, kinds=("linear",)),
     ]
 
 

@@ -31,7 +31,6 @@ class Layer:
     columns: int
     x: Array
     y: Array
-    bias: Array | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +52,6 @@ class Form:
         role: "dense" forms compete for best dense, "extra" ones never do.
         tolerance: |y - ref| <= tolerance * (|W| @ |x|).
         aligned: 64-byte aligned buffers; False for plain NumPy memory, as a user has it.
-        adds_bias: whether the form adds the bias (SparseRT does; peers compute the bare product).
         kinds: the kinds of problem it suits.
         tile: columns of a tile, where the layout is "tiles".
     """
@@ -64,7 +62,6 @@ class Form:
     role: Role = "dense"
     tolerance: float = 1e-5
     aligned: bool = True
-    adds_bias: bool = False
     kinds: tuple[str, ...] = ("matmul", "linear")
     tile: int = 16
 
@@ -92,16 +89,13 @@ class Reference:
     value: NDArray[np.float64]
     magnitude: NDArray[np.float64]
 
-    def error(self, y: NDArray[Any], bias: Array | None = None) -> float:
-        """The largest |y - ref| / (|W| @ |x| [+ |b|]); infinite where y is not finite or is nonzero against nothing."""
-        value, magnitude = self.value, self.magnitude
-        if bias is not None:
-            value, magnitude = value + bias[:, None], magnitude + np.abs(bias)[:, None]
-        if y.shape != value.shape:
+    def error(self, y: NDArray[Any]) -> float:
+        """The largest |y - ref| / (|W| @ |x|); infinite where y is not finite or is nonzero against nothing."""
+        if y.shape != self.value.shape:
             return math.inf
-        difference = np.abs(y.astype(np.float64) - value)
+        difference = np.abs(y.astype(np.float64) - self.value)
         with np.errstate(invalid="ignore", divide="ignore"):
-            relative = np.where(difference == 0, 0.0, difference / magnitude)
+            relative = np.where(difference == 0, 0.0, difference / self.magnitude)
         return float(np.nan_to_num(relative, nan=np.inf).max(initial=0.0))
 
 
@@ -148,13 +142,12 @@ def bind(form: Form, baseline: str, prepared: Prepared) -> Candidate:
     worst = 0.0
     for index, (sparse, dense) in enumerate(zip(problem.layers, prepared.dense, strict=True)):
         target = buffers[index % 2]
-        bias = problem.bias if form.adds_bias else None
         fill(source, prepared.x, form.layout)
         fill(target, np.full((rows, columns), np.nan, np.float32), form.layout)
-        bound = form.bind(Layer(sparse, dense, columns, source, target, bias))
+        bound = form.bind(Layer(sparse, dense, columns, source, target))
         result = bound.call()
         y = unfold(target if result is None else as_numpy(result), form.layout, rows, columns)
-        error = prepared.references[index].error(y, bias)
+        error = prepared.references[index].error(y)
         if error > form.tolerance:
             raise WrongResultError(f"relative error {error:.2g} exceeds {form.tolerance:.0e}")
         steps.append(bound.call)

@@ -46,7 +46,6 @@ class Problem:
         weight: W (M, K) of the (first) layer.
         columns: N, the columns of x (K, N).
         note: what a reader of the row must know, such as a stand-in for unpublished weights.
-        bias: (M,), added by SparseRT only; peers compute the bare product.
         kind: "linear" for x (N, K) -> (N, M) as in ``compile_linear``.
         successors: further layers of a chain, (M, M) each.
     """
@@ -56,7 +55,6 @@ class Problem:
     weight: SparseMatrix
     columns: int
     note: str = ""
-    bias: NDArray[np.float32] | None = None
     kind: Kind = "matmul"
     successors: tuple[SparseMatrix, ...] = ()
 
@@ -156,7 +154,7 @@ def mobilenet_v1(sparsities: Sequence[float] | None) -> Iterator[Problem]:
             rows, cols = testdata.MOBILENET_UNPUBLISHED
             weight, note = uniform(rows, cols, 0.90), f"{layer.name}: uniform random stand-in"
         shape = f"{weight.shape[0]}x{weight.shape[1]}x{layer.columns}"
-        yield Problem(f"{layer.name} {shape}", "MobileNetV1", weight, layer.columns, note, layer.bias)
+        yield Problem(f"{layer.name} {shape}", "MobileNetV1", weight, layer.columns, note)
 
 
 def resnet50_1x1(sparsities: Sequence[float] | None) -> Iterator[Problem]:
@@ -225,7 +223,7 @@ def from_file(path: str, columns: int | None = None) -> Iterator[Problem]:
         rows, cols = layer.weight.shape
         name = tails[index] if speaking else f"#{index}"
         note = "" if layer.note.startswith(ORDINARY) else layer.note
-        yield Problem(f"{name} {rows}x{cols}x{count}", stem, layer.weight, count, note, layer.bias)
+        yield Problem(f"{name} {rows}x{cols}x{count}", stem, layer.weight, count, note)
 
 
 def select(

@@ -286,6 +286,7 @@ EFFECTS: dict[str, Callable[[Machine, Row], None]] = {
     "store": lambda m, r: m.write(r, m.lane(r.a)),
     "bcast": lambda m, r: m.vector.update({r.d: np.full(m.lanes, m.read(r, 1)[0])}),  # one float to all lanes
     "fma_bcast": lambda m, r: m.vector.update({r.d: fused(m.lane(r.a), m.read(r, 1), m.lane(r.d))}),
+    "mul_bcast": lambda m, r: m.vector.update({r.d: m.lane(r.a) * m.read(r, 1)}),
     "shl": _shl,  # bits to the left, zeros in
     "load4": _load4,  # four floats to the first lanes, zeros to the others
     "insert4": _insert4,  # four floats to lanes 4 b ...

@@ -69,6 +69,7 @@ class Op:
 def _table() -> tuple[Op, ...]:
     vector = {
         "zero": "d", "mov": "da", "load": "dm", "store": "am", "bcast": "dm", "fma_bcast": "dam",
+        "mul_bcast": "dam",
         "add": "dab", "sub": "dab", "mul": "dab", "div": "dab", "min": "dab", "max": "dab",
         "bit_and": "dab", "bit_or": "dab", "bit_xor": "dab", "add_i": "dab", "const": "db",
         "fma_acc": "dab", "fma_mul": "dab", "fnma_acc": "dab", "fnma_mul": "dab",

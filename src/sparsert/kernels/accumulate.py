@@ -60,7 +60,7 @@ def accumulate(
     broadcast = 0 if target.embedded_broadcast else 1
     n = p.taps.size
     cells = np.repeat(np.arange(p.cuts.size - 1, dtype=np.int32), np.diff(p.cuts))
-    begins, idle = _begins(p, cells, schedule.rows)
+    begins, anew, idle = _begins(p, cells, schedule.rows, handover.task.bias)
     cell, started = cells[begins].astype(np.int64), p.accumulator[begins]
     stores = started < handover.deferred
     k, loaded = taps.pitch[p.taps].astype(np.int64), np.flatnonzero(p.fresh)
@@ -72,7 +72,7 @@ def accumulate(
     touching = [running[every - 1 :: every] for every in PREFETCH.values()]
     for touched in touching:
         per_tap[touched] += 1
-    per_tap[begins] += 1 + stores
+    per_tap[begins] += np.add(stores, ~anew, dtype=np.int64)
     end = np.cumsum(per_tap)
     total = int(end[-1]) if n else 0
     c: Columns = {name: np.zeros(total, kind) for name, kind in COLUMNS.items()}
@@ -101,7 +101,7 @@ def accumulate(
     put(loaded, op=OP["load"], d=source, ptr=S.X, **where)
     put(kept, op=OP["store"], a=source, ptr=S.PANEL, disp=k[kept] * target.tile_bytes)
     put(begins[stores], **handover.store(cell[stores], started[stores]))
-    put(begins, **handover.start(cell, started))
+    put(begins[~anew], **handover.start(cell[~anew], started[~anew]))
     slot_bytes = p.value_slot * 4
     row = end - 1
     if broadcast:
@@ -110,6 +110,7 @@ def accumulate(
     else:
         c["disp"][row] = slot_bytes
     c["op"][row], c["d"][row], c["a"][row] = OP["fma_acc" if broadcast else "fma_bcast"], p.accumulator, source
+    c["op"][row[begins[anew]]] = OP["mul" if broadcast else "mul_bcast"]
     cuts = np.where(p.cuts > 0, end[p.cuts - 1], 0) if n else np.zeros_like(p.cuts)
     return Body(c, cuts, idle, copied, lines)
 
@@ -125,12 +126,25 @@ def _panel_rows(p: Plan, k: Ints, packs: NDArray[np.bool_], loaded: Ints) -> tup
     return kept, {int(s) * p.n_blocks: rows[segment == s] for s in np.unique(segment)}
 
 
-def _begins(p: Plan, cells: NDArray[np.int32], rows: int) -> tuple[Ints, dict[int, Ints]]:
-    """The taps that are the first of their accumulator in a cell, and per cell the accumulators that have none."""
-    n = p.taps.size
-    at = np.full((p.cuts.size - 1, rows), n)
+def _begins(
+    p: Plan, cells: NDArray[np.int32], rows: int, bias: bool
+) -> tuple[Ints, NDArray[np.bool_], dict[int, Ints]]:
+    """The taps that are the first of their accumulator in a cell, and whether they are so of their sum.
+
+    Also, per cell, the accumulators that have none. A sum begins with its first product, wherever that is, not with 0:
+    results have the same bits under every schedule, to the sign of zeros.
+    """
+    n, blocks = p.taps.size, p.n_blocks
+    at = np.full((p.segments, blocks, rows), n)
     at.reshape(-1)[(cells * rows + p.accumulator)[::-1]] = np.arange(n)[::-1]  # of several, the last assignment stays
-    none = at == n
-    idle = np.argwhere(none & (np.arange(rows) < np.tile(np.diff(p.blocks), p.segments)[:, None]))
+    taken = at < n
+    before = np.zeros_like(taken)  # there is a bias, or there were taps
+    before[0] = bias
+    if not p.folds:
+        before[1:] = bias | np.logical_or.accumulate(taken, axis=0)[:-1]
+    idle = np.argwhere((~taken & (np.arange(rows) < np.diff(p.blocks)[:, None])).reshape(-1, rows))
     cuts = np.flatnonzero(np.diff(idle[:, 0], prepend=-1))
-    return np.sort(at[~none]), {int(part[0, 0]): part[:, 1] for part in np.split(idle, cuts)[1:]}
+    first = np.sort(at[taken])
+    anew = np.zeros(n, bool)
+    anew[at[taken & ~before]] = True
+    return first, anew[first], {int(part[0, 0]): part[:, 1] for part in np.split(idle, cuts)[1:]}

@@ -50,6 +50,7 @@ _SCALAR = {
 RECIPES = {
     EVEX512: _COMMON | _SCALAR | {
         "zero": "vpxord reg=d vvvv=d rm=d", "fma_bcast": "vfmadd231ps reg=d vvvv=a mem bcast=1",
+        "mul_bcast": "vmulps reg=d vvvv=a mem bcast=1",
         "round": "vrndscaleps reg=d rm=a imm=8", "shl": "vpslld vvvv=d rm=a imm",
         "select_neg": "vpmovd2m reg=1 rm=d; vblendmps reg=d vvvv=b rm=a mask=1",
         "insert4": "vinsertf32x4 reg=d vvvv=d mem imm=b", "store4": "vextractf32x4 reg=a mem imm=b",
