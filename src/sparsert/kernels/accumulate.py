@@ -64,11 +64,14 @@ def accumulate(
     cell, started = cells[begins].astype(np.int64), p.accumulator[begins]
     stores = started < handover.deferred
     k, loaded = taps.pitch[p.taps].astype(np.int64), np.flatnonzero(p.fresh)
-    packs = cells % p.n_blocks == 0 if packing == "beside" else np.zeros(n, bool)
-    kept, copied = (loaded[:0], {}) if packing == "none" else _panel_rows(p, k, packs, loaded[packs[loaded]])
+    in_place, kept, copied = _packing(p, k, loaded, packing)
     per_tap = p.fresh + np.int64(1 + broadcast)
     per_tap[kept] += 1
-    running = np.flatnonzero(~packs) if schedule.prefetch else loaded[:0]
+    others = np.ones(n if schedule.prefetch else 0, bool)
+    if packing == "beside":
+        for first in range(0, p.cuts.size - 1, p.n_blocks):
+            others[p.cuts[first] : p.cuts[first + 1]] = False
+    running = np.flatnonzero(others)
     touching = [running[every - 1 :: every] for every in PREFETCH.values()]
     for touched in touching:
         per_tap[touched] += 1
@@ -88,17 +91,14 @@ def accumulate(
             c[name][row] = column
 
     for pointer, touched in zip(PREFETCH, touching, strict=True):
-        first = np.searchsorted(touched, p.cuts)  # the first line of every cell
-        lines[pointer] = np.diff(first)
-        line = np.arange(touched.size) - np.repeat(first[:-1], lines[pointer])
+        starts = np.searchsorted(touched, p.cuts)  # the first line of every cell
+        lines[pointer] = np.diff(starts)
+        line = np.arange(touched.size) - np.repeat(starts[:-1], lines[pointer])
         put(touched, op=OP["prefetch"], ptr=pointer, disp=line * LINE)
-    in_place = packs[loaded] if tiled else np.ones(loaded.size, bool)
-    row = k[loaded]
-    if in_place.any():
-        where = {"step": np.where(in_place, row, 0), "disp": np.where(in_place, 0, row * target.tile_bytes)}
-    else:
-        where = {"disp": row * target.tile_bytes}
+    rows = at[in_place]
+    where = {"disp": k[loaded] * target.tile_bytes} if tiled else {"step": k[loaded]}
     put(loaded, op=OP["load"], d=source, ptr=S.X, **where)
+    c["step"][rows], c["disp"][rows] = k[in_place], 0
     put(kept, op=OP["store"], a=source, ptr=S.PANEL, disp=k[kept] * target.tile_bytes)
     put(begins[stores], **handover.store(cell[stores], started[stores]))
     put(begins[~anew], **handover.start(cell[~anew], started[~anew]))
@@ -115,15 +115,23 @@ def accumulate(
     return Body(c, cuts, idle, copied, lines)
 
 
-def _panel_rows(p: Plan, k: Ints, packs: NDArray[np.bool_], loaded: Ints) -> tuple[Ints, dict[int, Ints]]:
-    """Which of ``loaded``, the taps that load x and pack, load rows that others need; and the rows they miss."""
-    missing = np.zeros(int(k.max(initial=-1)) + 1, bool)
-    missing[k[~packs]] = True
-    kept = loaded[missing[k[loaded]]]
-    missing[k[kept]] = False
-    rows = np.flatnonzero(missing)
-    segment = rows // p.width
-    return kept, {int(s) * p.n_blocks: rows[segment == s] for s in np.unique(segment)}
+def _packing(p: Plan, k: Ints, loaded: Ints, packing: str) -> tuple[Ints, Ints, dict[int, Ints]]:
+    """Of the taps ``loaded``, which load x, those that do so where the caller has it, and those of them that pack.
+
+    Also, by the first cell of a segment, the rows that others need and none of these packs.
+    """
+    in_place, kept, copied = [loaded[:0]], [loaded[:0]], {}
+    for cell in range(0, p.cuts.size - 1 if packing != "none" else 0, p.n_blocks):
+        start, first, end = np.searchsorted(loaded, p.cuts[[cell, cell + 1, cell + p.n_blocks]])
+        first = first if packing == "beside" else start
+        missing = np.zeros(int(k.max(initial=-1)) + 1, bool)
+        missing[k[loaded[first:end]]] = True
+        in_place.append(loaded[start:first])
+        kept.append(in_place[-1][missing[k[in_place[-1]]]])
+        missing[k[kept[-1]]] = False
+        if missing.any():
+            copied[cell] = np.flatnonzero(missing)
+    return np.concatenate(in_place), np.concatenate(kept), copied
 
 
 def _begins(

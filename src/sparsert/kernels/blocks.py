@@ -69,7 +69,8 @@ class Blocks:
     def _pass(self, b: Builder, cells: list[int], following: int) -> None:
         """Turns of ``cells``, tile by tile; ``following`` labels the code behind them."""
         p, c = self.plan, self.body
-        cursors = list(dict.fromkeys(cursor for cell in cells for cursor in self._walked(cell)))
+        kinds = dict.fromkeys((self._packs(cell), self._ends(cell)) for cell in cells)
+        cursors = list(dict.fromkeys(cursor for kind in kinds for cursor in self._walked(*kind)))
         if not self.handover.chained:
             self.handover.open(b)
         self._run_ahead(b, cells[-1], following)
@@ -97,7 +98,7 @@ class Blocks:
         body = slice(int(c.cuts[cell]), int(c.cuts[cell + 1]))
         x, y, r, sums = self._cursors
         n, later = rows.size, cell >= p.n_blocks
-        if self.packing == "beside" and block == 0:
+        if self._packs(cell):
             self._in_place.point(b, S.X)
             x.point(b, S.PANEL)
             if cell in c.copied:
@@ -125,13 +126,17 @@ class Blocks:
         """Whether the cell is of the last segment, behind which rows are complete."""
         return cell >= (self.plan.segments - 1) * self.plan.n_blocks
 
-    def _walked(self, cell: int) -> Iterator[Cursor]:
-        """The cursors that a turn of ``cell`` points with."""
+    def _packs(self, cell: int) -> bool:
+        """Whether a turn of the cell stores what it loads of x to the panel."""
+        return self.packing == "beside" and cell % self.plan.n_blocks == 0
+
+    def _walked(self, packs: bool, ends: bool) -> Iterator[Cursor]:
+        """The cursors that a turn of such a cell points with."""
         x, y, r, sums = self._cursors
-        if self.packing == "beside" and cell % self.plan.n_blocks == 0:
+        if packs:
             yield self._in_place
         yield x
-        if self._ends(cell):
+        if ends:
             yield y
             if self.task.residual:
                 yield r
@@ -143,7 +148,7 @@ class Blocks:
         p = self.plan
         segment, block = divmod(cell, p.n_blocks)
         rows = p.order[int(p.blocks[block]) : int(p.blocks[block + 1])]
-        shown = ", ".join(map(str, rows[:4].tolist())) + (" ..." if rows.size > 4 else "")
+        shown = str(rows[:4].tolist())[1:-1] + (" ..." if rows.size > 4 else "")
         return f"rows {shown}" + (f", segment {segment}" if p.segments > 1 else "")
 
     def _run_ahead(self, b: Builder, cell: int, following: int) -> None:
