@@ -69,7 +69,7 @@ def accumulate(
     per_tap[kept] += 1
     others = np.ones(n if schedule.prefetch else 0, bool)
     if packing == "beside":
-        for first in range(0, p.cuts.size - 1, p.n_blocks):
+        for first in p.first_cells:
             others[p.cuts[first] : p.cuts[first + 1]] = False
     running = np.flatnonzero(others)
     touching = [running[every - 1 :: every] for every in PREFETCH.values()]
@@ -121,7 +121,7 @@ def _packing(p: Plan, k: Ints, loaded: Ints, packing: str) -> tuple[Ints, Ints, 
     Also, by the first cell of a segment, the rows that others need and none of these packs.
     """
     in_place, kept, copied = [loaded[:0]], [loaded[:0]], {}
-    for cell in range(0, p.cuts.size - 1 if packing != "none" else 0, p.n_blocks):
+    for cell in p.first_cells if packing != "none" else ():
         start, first, end = np.searchsorted(loaded, p.cuts[[cell, cell + 1, cell + p.n_blocks]])
         first = first if packing == "beside" else start
         missing = np.zeros(int(k.max(initial=-1)) + 1, bool)

@@ -47,6 +47,11 @@ class Plan:
         return int(self.blocks.size) - 1
 
     @property
+    def first_cells(self) -> range:
+        """The first cell of every segment."""
+        return range(0, self.cuts.size - 1, max(1, self.n_blocks))
+
+    @property
     def segments(self) -> int:
         return max(1, (self.cuts.size - 1) // max(1, self.n_blocks))
 
