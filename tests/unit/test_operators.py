@@ -442,6 +442,30 @@ def test_a_bound_call_copies_where_the_operator_does(target: str, weight: np.nda
             assert same_bits(bound(), wanted)
 
 
+@pytest.mark.parametrize("target", COMPILED)
+def test_bound_calls_check_nothing_again(
+    target: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many shapes came before, and also with merged axes, tensors, sums in place."""
+    square = dense_matrix(rng, 32, 32, 0.2)
+    op, linear = sparsert.compile_matmul(square, target=target), sparsert.compile_linear(square, target=target)
+    adds = sparsert.compile_matmul(square, residual="after", target=target)
+    for columns in range(20, 90):
+        op(normal(rng, 32, columns))
+    x, x3, out, total = normal(rng, 32, 64), normal(rng, 4, 5, 32), np.zeros((32, 64), np.float32), normal(rng, 32, 64)
+
+    class Tensor:
+        __dlpack__, __dlpack_device__ = x.__dlpack__, x.__dlpack_device__
+
+    wanted = [op(x), linear(x3), adds(x, residual=adds(x, residual=total))]
+    bound = [op.bind(Tensor(), out), linear.bind(x3), adds.bind(x, total, total)]
+    for kind in (sparsert.CompiledMatmul, sparsert.CompiledLinear):
+        monkeypatch.setattr(kind, "_run", None)
+        monkeypatch.setattr(kind, "__call__", None)
+    for step, y in zip(bound, wanted, strict=True):
+        assert same_bits(step(), y)
+
+
 def test_a_bound_call_refuses_what_the_operator_does(weight: np.ndarray) -> None:
     op = sparsert.compile_matmul(weight)
     x = np.zeros((K, 20), np.float32)

@@ -186,6 +186,24 @@ def test_signs_of_zeros_do_not_depend_on_the_schedule(target: str, bias: bool, r
 
 
 @pytest.mark.parametrize("target", COMPILED)
+@pytest.mark.parametrize("bias", [None, 0.0, -0.0])
+def test_signs_of_zeros_where_wide_rows_are_summed_in_pieces(target: str, bias: float | None) -> None:
+    """A piece in which a row has no taps adds nothing to it, whether its block has some or not; the first gives +0."""
+    weight = np.zeros((5, 9000), np.float32)
+    weight[1] = weight[3, ::2] = 1
+    weight[0, [0, -1]] = weight[2, 4000] = weight[4, -1] = -1
+    b, x = None if bias is None else np.full(5, bias, np.float32), np.zeros((9000, 16), np.float32)
+    wanted = sparsert.compile_matmul(weight, b, target=target)(x)
+    negative = (
+        [False] * 5 if bias == 0 and not np.signbit(bias) else [True, False, bias is not None, False, bias is not None]
+    )
+    assert np.signbit(wanted).all(axis=1).tolist() == negative
+    for rows, order, packing in product((1, 2, 5), ORDERS, PACKING):
+        schedule = Schedule(rows, order=order, packing=packing)
+        assert same_bits(sparsert.compile_matmul(weight, b, target=target, schedule=schedule)(x), wanted), schedule
+
+
+@pytest.mark.parametrize("target", COMPILED)
 def test_a_segment_is_a_segment_of_the_code(target: str, rng: np.random.Generator) -> None:
     """The code differs where the schedule does; the bits above would agree just as well if it did not."""
     weight = dense_matrix(rng, 30, 60, 0.3)

@@ -46,7 +46,7 @@ class S(IntEnum):
     T = 9  # trip counters; K also runs ahead of the values
     K = 10
     TMP = 11
-    CONST = 12  # the constant pool
+    CONST = 12  # the constant pool; between taps, the sums of the segments before
     PANEL = 13  # what runs along beside x: a panel it is packed into, or the code that comes next
 
 

@@ -84,9 +84,9 @@ def accumulate(
     at = end - per_tap
     lines: dict[S, Ints] = {}
 
-    def put(taps: Ints, **columns: Any) -> None:
-        """The next row of each of ``taps``."""
-        row, at[taps] = at[taps], at[taps] + 1
+    def put(which: Ints, **columns: Any) -> None:
+        """The next row of each of these taps."""
+        row, at[which] = at[which], at[which] + 1
         for name, column in columns.items():
             c[name][row] = column
 
@@ -95,10 +95,10 @@ def accumulate(
         lines[pointer] = np.diff(starts)
         line = np.arange(touched.size) - np.repeat(starts[:-1], lines[pointer])
         put(touched, op=OP["prefetch"], ptr=pointer, disp=line * LINE)
-    rows = at[in_place]
+    places = at[in_place]
     where = {"disp": k[loaded] * target.tile_bytes} if tiled else {"step": k[loaded]}
     put(loaded, op=OP["load"], d=source, ptr=S.X, **where)
-    c["step"][rows], c["disp"][rows] = k[in_place], 0
+    c["step"][places], c["disp"][places] = k[in_place], 0
     put(kept, op=OP["store"], a=source, ptr=S.PANEL, disp=k[kept] * target.tile_bytes)
     put(begins[stores], **handover.store(cell[stores], started[stores]))
     put(begins[~anew], **handover.start(cell[~anew], started[~anew]))
@@ -121,12 +121,14 @@ def _packing(p: Plan, k: Ints, loaded: Ints, packing: str) -> tuple[Ints, Ints, 
     Also, by the first cell of a segment, the rows that others need and none of these packs.
     """
     in_place, kept, copied = [loaded[:0]], [loaded[:0]], {}
+    extent = int(k.max(initial=-1)) + 1
     for cell in p.first_cells if packing != "none" else ():
-        start, first, end = np.searchsorted(loaded, p.cuts[[cell, cell + 1, cell + p.n_blocks]])
-        first = first if packing == "beside" else start
-        missing = np.zeros(int(k.max(initial=-1)) + 1, bool)
-        missing[k[loaded[first:end]]] = True
-        in_place.append(loaded[start:first])
+        start, others, end = np.searchsorted(loaded, p.cuts[[cell, cell + 1, cell + p.n_blocks]])
+        if packing == "ahead":
+            others = start
+        missing = np.zeros(extent, bool)
+        missing[k[loaded[others:end]]] = True
+        in_place.append(loaded[start:others])
         kept.append(in_place[-1][missing[k[in_place[-1]]]])
         missing[k[kept[-1]]] = False
         if missing.any():

@@ -1,4 +1,4 @@
-"""A register block as code: start accumulators, walk its taps, run the epilogue, store; for every tile of the group."""
+"""Row blocks as code: passes over the tiles of a group, and a turn of every block of a pass for every tile."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .plan import Plan
 
 @dataclass(frozen=True, eq=False)
 class Blocks:
-    """Emits the code of all row blocks for the tiles of one group; control falls through from block to block."""
+    """Emits the code of all row blocks for the tiles of one group; control falls through from pass to pass."""
 
     task: Task
     target: Target
@@ -106,16 +106,15 @@ class Blocks:
         else:
             x.point(b, S.X)
         b.emit("s_arg", d=S.W, disp=Arg.W.byte)
-        if later and not p.folds:
+        if later:
             sums.point(b, S.CONST)
         self.handover.begin(b)
         if cell in c.idle:
             self.handover.renew(b, cell, c.idle[cell])
         b.emit_many(n=body.stop - body.start, **{name: column[body] for name, column in c.columns.items()})
-        if later and p.folds:
-            sums.point(b, S.Y)
-            for accumulator, disp in enumerate((rows * self.target.tile_bytes).tolist()):
-                b.emit("load", d=n, ptr=S.Y, disp=disp)
+        if later and p.folds:  # the accumulators without taps hold the sums so far
+            for accumulator in np.setdiff1d(np.arange(n), c.idle.get(cell, [])).tolist():
+                b.emit("load", d=n, ptr=S.CONST, disp=int(rows[accumulator]) * self.target.tile_bytes)
                 b.emit("add", d=accumulator, a=accumulator, b=n)
         if self._ends(cell):
             self._finish(b, cell, rows, r, y)

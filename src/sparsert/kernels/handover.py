@@ -70,7 +70,7 @@ class Handover:
     def end(self, b: Builder, cell: int, cursor: Cursor, pitch: Arg | None) -> None:
         """The results of a turn of ``cell`` go where ``cursor`` points: now, or by and by in the next turn.
 
-        ``pitch``: of a row-major array; None for one of tiles.
+        ``pitch``: of the array, if it is row-major; None for the sums of a segment, which are tiles.
         """
         block = cell % self.plan.n_blocks
         first, last = int(self.plan.blocks[block]), int(self.plan.blocks[block + 1])
@@ -124,10 +124,9 @@ class Handover:
             of = cell < blocks
             op[of] = OP["bcast"]
             disp[of] = 4 * p.bias_slot[p.blocks[cell[of]] + accumulator[of]]
-        if not p.folds:
-            of = cell >= blocks
-            op[of], ptr[of] = OP["load"], S.CONST
-            disp[of] = self._rows(cell[of], accumulator[of]) * self.target.tile_bytes
+        of = cell >= blocks
+        op[of], ptr[of] = OP["load"], S.CONST
+        disp[of] = self._rows(cell[of], accumulator[of]) * self.target.tile_bytes
         return {"op": op, "d": accumulator, "ptr": ptr, "disp": disp}
 
     def _accumulators(self, cell: int) -> Ints:

@@ -43,7 +43,7 @@ class Cursor:
 
     def advance(self, b: Builder) -> None:
         """To the next tile."""
-        b.emit_rows(_advance(self))
+        b.emit_rows(_advance(self, isinstance(self.step, Arg)))  # an Arg equals the number of its slot
 
 
 @lru_cache(256)
@@ -61,7 +61,7 @@ def _point(cursor: Cursor, register: S) -> tuple[Row, ...]:
 
 
 @lru_cache(256)
-def _advance(cursor: Cursor) -> tuple[Row, ...]:
+def _advance(cursor: Cursor, by_slot: bool) -> tuple[Row, ...]:
     if isinstance(cursor.step, Arg):
         step = row("s_add_arg", d=S.TMP, disp=cursor.step.byte)
     else:

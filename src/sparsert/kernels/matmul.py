@@ -124,10 +124,9 @@ def generate(task: Task, schedule: Schedule, target: Target) -> Kernel:
 
 
 def _handover(task: Task, schedule: Schedule, target: Target, p: Plan, scatters: bool) -> Handover:
-    """Results wait for the next turn unless they are transposed in registers, or a block has one turn only."""
+    """Results wait for the next turn unless transposed in registers, or permuted with turns of other blocks between."""
     chained = schedule.order == "natural" and not scatters and p.blocks.size > 1
     if chained:
         return Handover(task, target, p, int(np.diff(p.blocks).min()), True)
-    return Handover(
-        task, target, p, 0 if scatters or schedule.tiles == 1 or schedule.blocks != 1 else schedule.rows, False
-    )
+    deferred = 0 if scatters or schedule.tiles == 1 or schedule.blocks != 1 else schedule.rows
+    return Handover(task, target, p, deferred, False)

@@ -26,7 +26,6 @@ class Plan:
             vector of x.
         value_slot: (n,) where each tap's values lie in the packed array, in 32-bit slots (one float32, two bfloat16 or
             four int8); ``bias_slot``: (rows,) by position.
-        width: input rows per segment.
         folds: each segment is summed by itself and added to those before, instead of going on from their sum.
     """
 
@@ -39,7 +38,6 @@ class Plan:
     value_slot: NDArray[np.int64]
     bias_slot: NDArray[np.int64]
     slots: int
-    width: int
     folds: bool
 
     @property
@@ -86,7 +84,7 @@ def plan(taps: Taps, extent: int, order: NDArray[np.int64], schedule: Schedule, 
     value_slot = np.arange(place.size) + np.repeat(shift, np.diff(cuts))
     bias_slot = np.arange(taps.rows) + cuts[:-1][block_of] if bias else np.zeros(0, np.int64)
     return Plan(blocks, order, cuts, executed, accumulator[executed], fresh, value_slot, bias_slot,
-                int(place.size + (taps.rows if bias else 0)), width, fold > 0)  # fmt: skip
+                int(place.size + (taps.rows if bias else 0)), fold > 0)  # fmt: skip
 
 
 def _fold_width(taps: Taps, extent: int) -> int:

@@ -36,7 +36,19 @@ class Binding(Protocol):
 
     def call(self, xa: int, ya: int, ra: int) -> None: ...
 
-    def bound(self, xa: int, ya: int, ra: int) -> Callable[[], None]: ...
+    def fixed(self, xa: int, ya: int, ra: int) -> Callable[[], None]: ...
+
+
+class _Ready(NamedTuple):
+    """A call that needs no copies: what to call, and the arrays whose addresses it gets."""
+
+    binding: Binding
+    x: Array
+    y: Array
+    r: Array | None
+
+    def fixed(self) -> Callable[[], None]:
+        return self.binding.fixed(*(0 if array is None else address_of(array) for array in (self.x, self.y, self.r)))
 
 
 class _Passed(NamedTuple):
@@ -198,55 +210,54 @@ class _Operator(ABC):
     def bind(self, x: Any, out: Any = None, residual: Any = None) -> Bound:
         """The operator tied to arrays, for loops: what is left of a call is the native one, some 0.4 us of Python.
 
-        Arguments and errors are those of the operator itself, which is called once; arrays that need copies are copied
-        at every call. Any number of threads may call.
+        Arguments and errors are those of the operator itself, which is called once: nothing is checked later on. Arrays
+        that need copies are copied at every call. Any number of threads may call; scratch is kept while the result is.
         """
-        y = self(x, out, residual)
-        ready = self._ready(x, y, residual)
+        y, ready = self._run(x, out, residual)
         if ready is None:
             return Bound(lambda: self(x, y, residual), y, ())
-        binding, *addresses = ready
-        return Bound(binding.bound(*addresses), y, (self, x, residual))
+        return Bound(ready.fixed(), y, (ready, x, residual))
 
-    def _ready(self, x: Any, out: Any, r: Any) -> tuple[Binding, int, int, int] | None:
-        """How to run at once, if the arrays are like those of an earlier call."""
+    @abstractmethod
+    def _run(self, x: Any, out: Any, residual: Any) -> tuple[Array, _Ready | None]:
+        """One call with every check: the output, and how to repeat the call if it took no copies."""
+
+    def _again(self, x: Any, out: Any, r: Any) -> bool:
+        """Run at once if the arrays are like those of an earlier call."""
         if type(x) is not np.ndarray or type(out) is not np.ndarray or x.dtype is not F32 or out.dtype is not F32:
-            return None
+            return False
         if r is None:
             passed = self._passed.get((x.shape, x.strides, out.shape, out.strides))
         elif type(r) is np.ndarray and r.dtype is F32:
             passed = self._passed.get((x.shape, x.strides, out.shape, out.strides, r.shape, r.strides))
         else:
-            return None
+            return False
         if passed is None or not out.flags.writeable:
-            return None
+            return False
         binding, (x_low, x_high), (y_low, y_high), (r_low, r_high) = passed
         xa, ya = address_of(x), address_of(out)
         if xa + x_low < ya + y_high and ya + y_low < xa + x_high:
-            return None
-        if r is None:
-            return binding, xa, ya, 0
-        ra = address_of(r)
-        if ra + r_low < ya + y_high and ya + y_low < ra + r_high:
-            return None
-        return binding, xa, ya, ra
-
-    def _again(self, x: Any, out: Any, residual: Any) -> bool:
-        """Run at once if the arrays are like those of an earlier call."""
-        ready = self._ready(x, out, residual)
-        if ready is None:
             return False
-        binding, xa, ya, ra = ready
+        ra = 0
+        if r is not None:
+            ra = address_of(r)
+            if ra + r_low < ya + y_high and ya + y_low < ra + r_high:
+                return False
         binding.call(xa, ya, ra)
         return True
 
-    def _remember(self, x: Array, y: Array, r: Array | None, columns: int) -> None:
-        """Let ``_again`` serve arrays like these."""
+    def _finish(self, x: Array, y: Array, r: Array | None, columns: int, remember: bool) -> _Ready | None:
+        """Run on arrays that the kernel can take, and say how to repeat that; if wanted, ``_again`` knows them now."""
         binding = self._compiled.product.bind(x, y, r, columns)
-        if binding is not None and len(self._passed) < _SIGNATURES:
+        if binding is None:
+            self._compiled.product.run(x, y, r, columns)
+            return None
+        binding.call(address_of(x), address_of(y), 0 if r is None else address_of(r))
+        if remember and len(self._passed) < _SIGNATURES:
             arrays = (x, y) if r is None else (x, y, r)
             signature = tuple(part for array in arrays for part in (array.shape, array.strides))
             self._passed[signature] = _Passed(binding, reach(x), reach(y), (0, 0) if r is None else reach(r))
+        return _Ready(binding, x, y, r)
 
     def _output(self, out: Any, shape: tuple[int, ...], x: Array) -> Array:
         y = as_output(out, shape)
@@ -271,13 +282,16 @@ class _Operator(ABC):
         require_shape(array, shape, "residual")
         return array
 
-    def _run(self, x: Array, y: Array, r: Array | None, columns: int, axis: int, as_given: bool = True) -> None:
+    def _product(
+        self, x: Array, y: Array, r: Array | None, columns: int, axis: int, as_given: bool = True
+    ) -> _Ready | None:
         """Run on arrays whose ``axis`` holds the columns; copies where the kernel cannot take them as they are.
 
-        Unless ``as_given``, they are transposes of the caller's.
+        Unless ``as_given``, they are transposes of the caller's. None if there were copies.
         """
         if y.size == 0:
-            return
+            return None
+        given = x, r
         if r is not None and overlaps(r, y) and (columns % self.tile or not same_view(r, y)):
             r = r.copy()  # the last tile overlaps the one before and would read what that one wrote
         x = x if packed_columns(x) else np.ascontiguousarray(x)
@@ -289,13 +303,12 @@ class _Operator(ABC):
             yp = empty((y.shape[0], tile) if axis == 1 else (tile, y.shape[1]))
             self._compiled.product.run(xp, yp, rp, tile)
             y[...] = yp[:, :columns] if axis == 1 else yp[:columns]
-            return
-        direct = (axis == 0) == (self._compiled.task.layout == "transposed")
-        if target is y and direct and as_given:
-            self._remember(x, y, r, columns)
-        self._compiled.product.run(x, target, r, columns)
+            return None
+        uncopied = target is y and x is given[0] and r is given[1]
+        ready = self._finish(x, target, r, columns, uncopied and as_given)
         if target is not y:
             y[...] = target
+        return ready if uncopied else None
 
 
 def _padded(array: Array, axis: int, tile: int) -> Array:
@@ -323,6 +336,9 @@ class CompiledMatmul(_Operator):
         """
         if self._again(x, out, residual):
             return out  # type: ignore[no-any-return]
+        return self._run(x, out, residual)[0]
+
+    def _run(self, x: Any, out: Any, residual: Any) -> tuple[Array, _Ready | None]:
         x = as_input(x, "x")
         m, k = self._pattern.shape
         if self._compiled.task.layout == "tile_major":
@@ -331,10 +347,9 @@ class CompiledMatmul(_Operator):
             raise ShapeError(f"shape {x.shape} is not (K={k}, N)", where="x", hint=_transpose_hint(x, k))
         shape = (m, x.shape[1])
         y = empty(shape) if out is None else self._output(out, shape, x)
-        self._run(x, y, self._residual(residual, shape), x.shape[1], axis=1)
-        return y
+        return y, self._product(x, y, self._residual(residual, shape), x.shape[1], axis=1)
 
-    def _tiles(self, x: Array, out: Any, residual: Any) -> Array:
+    def _tiles(self, x: Array, out: Any, residual: Any) -> tuple[Array, _Ready | None]:
         m, k = self._pattern.shape
         if x.ndim != 3 or x.shape[1:] != (k, self.tile):
             raise ShapeError(
@@ -348,12 +363,13 @@ class CompiledMatmul(_Operator):
         for name, array in (("x", x), ("out", y), ("residual", r)):
             if array is not None and not array.flags.c_contiguous:
                 raise ShapeError("tile-major arrays are C-contiguous", where=name, hint="Use np.ascontiguousarray.")
-        if y.size:
-            if r is not None and overlaps(r, y) and not same_view(r, y):
-                r = r.copy()
-            self._remember(x, y, r, x.shape[0] * self.tile)
-            self._compiled.product.run(x, y, r, x.shape[0] * self.tile)
-        return y
+        if not y.size:
+            return y, None
+        given = r
+        if r is not None and overlaps(r, y) and not same_view(r, y):
+            r = r.copy()
+        ready = self._finish(x, y, r, x.shape[0] * self.tile, r is given)
+        return y, ready if r is given else None
 
 
 class CompiledLinear(_Operator):
@@ -372,6 +388,9 @@ class CompiledLinear(_Operator):
         """
         if self._again(x, out, residual):
             return out  # type: ignore[no-any-return]
+        return self._run(x, out, residual)[0]
+
+    def _run(self, x: Any, out: Any, residual: Any) -> tuple[Array, _Ready | None]:
         x = as_input(x, "x")
         m, k = self._pattern.shape
         if x.ndim < 1 or x.shape[-1] != k:
@@ -383,17 +402,19 @@ class CompiledLinear(_Operator):
         r = self._residual(residual, shape)
         rows = y.size // m if m else 0
         if not rows:
-            return y
+            return y, None
         x2, y2 = _forward(x.reshape(rows, k)), y.reshape(rows, m)
         r2 = None if r is None else _forward(r.reshape(rows, m))
         target = y2 if np.may_share_memory(y2, y) and _forward(y2) is y2 else empty((rows, m))
         if self._compiled.task.layout == "transposed":
-            self._run(x2, target, r2, rows, axis=0)
+            ready = self._product(x2, target, r2, rows, axis=0)
         else:  # fewer than four rows or columns: too narrow to transpose four at a time
-            self._run(x2.T, target.T, None if r2 is None else r2.T, rows, axis=1, as_given=False)
+            ready = self._product(x2.T, target.T, None if r2 is None else r2.T, rows, axis=1, as_given=False)
         if target is not y2 or not np.may_share_memory(y2, y):
             y[...] = target.reshape(shape)
-        return y
+            return y, None
+        views = np.may_share_memory(x2, x) and (r2 is None or r is None or np.may_share_memory(r2, r))
+        return y, ready if views else None
 
 
 def _forward(array: Array) -> Array:

@@ -38,43 +38,48 @@ class Binding:
 
     def call(self, xa: int, ya: int, ra: int) -> None:
         """One call with x, y and the residual (0: none) at these addresses."""
-        # A residual that is y itself must be read before its element is written: no tile may overlap another then.
-        offset = (xa if self.by_x else ya) % self.unit if ra != ya else 0
+        offset = self._offset(xa, ya, ra)
         free = self.free.setdefault(offset, [])
         try:
             frame = free.pop()
         except IndexError:
-            frame = self._new_frame(offset)
+            frame = self._owner().frame(self, offset)
         values, weights = self.values[0]  # held here: a refit meanwhile does not free what this call reads
         frame.point(xa, ya, ra, weights)
         self.executable.call(frame.address)
         free.append(frame)
         del values
 
-    def bound(self, xa: int, ya: int, ra: int) -> Callable[[], None]:
-        """The call for arrays that stay where they are: frames keep their addresses."""
-        offset = (xa if self.by_x else ya) % self.unit if ra != ya else 0
-        executable, values, new_frame = self.executable, self.values, self._new_frame
+    def fixed(self, xa: int, ya: int, ra: int) -> Callable[[], None]:
+        """The call for arrays that stay where they are. It keeps a frame to itself; threads that meet make more."""
+        executable, values, owner, key = self.executable, self.values, self._owner(), self.key
+        offset = self._offset(xa, ya, ra)
         free: list[tuple[Frame, tuple[Array, int] | None]] = []
 
         def run() -> None:
             try:
                 frame, loaded = free.pop()
             except IndexError:
-                frame, loaded = new_frame(offset), None
+                frame, loaded = owner.new_frame(*key, offset), None
             if loaded is not values[0]:
                 loaded = values[0]  # held with the frame: a refit meanwhile does not free what this call reads
                 frame.point(xa, ya, ra, loaded[1])
             executable.call(frame.address)
-            free.append((frame, loaded))
+            if not free:
+                free.append((frame, loaded))
 
         return run
 
-    def _new_frame(self, offset: int) -> Frame:
+    def _offset(self, xa: int, ya: int, ra: int) -> int:
+        """How far the rows that get aligned are off."""
+        # A residual that is y itself must be read before its element is written: no tile may overlap another then.
+        return (xa if self.by_x else ya) % self.unit if ra != ya else 0
+
+    def _owner(self) -> NativeProduct:
         owner = self.owner()
         if owner is None:
             raise InternalError("a call outlives its operator")
-        return owner.frame(self, offset)
+        return owner
 
 
 class NativeProduct:
@@ -85,7 +90,7 @@ class NativeProduct:
         self.executable = executable
         # One entry, which all bindings see: the packed values and their address.
         self.values: list[tuple[Array, int]] = [(aligned_empty(0), 0)]
-        # More vectors of x may be loaded where the caller has it than stored of y: then its rows get aligned.
+        # If no fewer vectors of x are loaded where the caller has it than stored of y, its rows get aligned.
         m, k = task.pattern.shape
         self.aligns_x = k * (1 if schedule.packing != "none" else kernel.plan.n_blocks) >= m
         self._bindings: dict[tuple[int, ...], Binding] = {}
@@ -113,7 +118,7 @@ class NativeProduct:
 
     def frame(self, binding: Binding, offset: int) -> Frame:
         """A new frame for ``binding``, which is known from now on; too many, or too large, and all are forgotten."""
-        frame = self._frame(*binding.key, offset)
+        frame = self.new_frame(*binding.key, offset)
         self._kept += frame.scratch.nbytes
         if len(self._bindings) >= _SHAPES or self._kept > _KEPT_BYTES:
             for other in list(self._bindings.values()):
@@ -123,7 +128,7 @@ class NativeProduct:
         self._bindings[binding.key] = binding
         return frame
 
-    def _frame(self, columns: int, x_pitch: int, y_pitch: int, r_pitch: int, offset: int) -> Frame:
+    def new_frame(self, columns: int, x_pitch: int, y_pitch: int, r_pitch: int, offset: int) -> Frame:
         """An argument block for arrays of these shapes and pitches, all but the addresses filled in."""
         task, lanes, width = self.task, self.target.lanes, self.target.tile_bytes
         m, k = task.pattern.shape

@@ -81,10 +81,11 @@ def reason(task: Task, target: Target, schedule: Schedule) -> str:
     pattern, kib = task.pattern, code_bytes(task, target) / 1024
     words = [f"{schedule.rows} accumulators leave registers for input, weights and epilogue"]
     if schedule.tiles or schedule.blocks != 1:
-        what = f"{schedule.blocks} blocks of code" if schedule.blocks > 1 else "all code"
+        what = f"{schedule.blocks} blocks of code pass" if schedule.blocks > 1 else "all code passes"
+        over = f"{schedule.tiles} tiles at a time" if schedule.tiles else "each tile"
         words.append(
             f"of about {kib:.0f} KiB of code, what passes stays in the instruction cache, or x in the data cache, "
-            f"so {what} passes over {f'{schedule.tiles} tiles at a time' if schedule.tiles else 'each tile'}"
+            f"so {what} over {over}"
         )
     else:
         words.append(
