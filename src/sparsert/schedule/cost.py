@@ -64,14 +64,11 @@ def _blocks_per_pass(m: int, rows: int, code: float, load_bound: bool, x_tile: i
 
 
 def tiles_per_group(task: Task, schedule: Schedule, target: Target, tiles: int) -> int:
-    """How many of ``tiles`` column tiles share a pass over the code: as many as leave a segment of x in half of L2.
-
-    A little more than half: aligning adds a tile to a power of two, which shall not add a group.
-    """
+    """How many of ``tiles`` column tiles share a pass over the code: as many as leave a segment of x in half of L2."""
     if schedule.tiles:
         return min(schedule.tiles, tiles)
     extent = schedule.k_segment or max(1, task.pattern.cols)
-    most = max(4, target.l2 * 9 // 16 // (extent * target.tile_bytes))
+    most = max(4, target.l2 // 2 // (extent * target.tile_bytes))
     groups = -(-tiles // most)
     return -(-tiles // groups)
 
