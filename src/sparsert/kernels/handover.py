@@ -72,8 +72,7 @@ class Handover:
 
         ``pitch``: of the array, if it is row-major; None for the sums of a segment, which are tiles.
         """
-        block = cell % self.plan.n_blocks
-        first, last = int(self.plan.blocks[block]), int(self.plan.blocks[block + 1])
+        first, last = self._span(cell)
         cursor.point(b, S.Y)
         if self.task.layout == "row_major":
             if pitch is None:
@@ -99,7 +98,8 @@ class Handover:
         """Store what the last turn left, which was one of ``cell`` unless the turns are chained."""
         if self.deferred:
             self.begin(b)
-            accumulators = self._accumulators(cell)[: self.deferred]
+            first, last = self._span(cell)
+            accumulators = np.arange(min(self.deferred, last - first))
             b.emit_many(n=accumulators.size, **self.store(np.full_like(accumulators, cell), accumulators))
 
     def renew(self, b: Builder, cell: int, accumulators: Ints) -> None:
@@ -129,9 +129,10 @@ class Handover:
         disp[of] = self._rows(cell[of], accumulator[of]) * self.target.tile_bytes
         return {"op": op, "d": accumulator, "ptr": ptr, "disp": disp}
 
-    def _accumulators(self, cell: int) -> Ints:
+    def _span(self, cell: int) -> tuple[int, int]:
+        """From which to which position of ``plan.order`` the block of ``cell`` reaches."""
         block = cell % self.plan.n_blocks
-        return np.arange(self.plan.blocks[block + 1] - self.plan.blocks[block])
+        return int(self.plan.blocks[block]), int(self.plan.blocks[block + 1])
 
     def _rows(self, cell: Ints, accumulator: Ints) -> Ints:
         """The output rows that accumulators of ``cell`` stand for."""

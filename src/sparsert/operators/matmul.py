@@ -28,7 +28,7 @@ from .arrays import (
 )  # fmt: skip
 
 _SIGNATURES = 64
-_Signature = tuple[tuple[int, ...] | None, ...]
+_Signature = tuple[tuple[int, ...], ...]
 
 
 class Binding(Protocol):
@@ -125,8 +125,15 @@ class _Operator(ABC):
         # By shapes and strides of x, out and the residual: checking again would take longer than a small product.
         self._passed: dict[_Signature, _Passed] = {}
 
-    @abstractmethod
-    def __call__(self, x: Any, out: Any = None, residual: Any = None) -> Array: ...
+    def __call__(self, x: Any, out: Any = None, residual: Any = None) -> Array:
+        """Compute the product; the class says what x, out and residual are.
+
+        Raises:
+            ShapeError, DTypeError, AliasError, UnsupportedError: see :mod:`sparsert.errors`; nothing is written then.
+        """
+        if self._again(x, out, residual):
+            return out  # type: ignore[no-any-return]
+        return self._run(x, out, residual)[0]
 
     @property
     def stats(self) -> Stats:
@@ -319,24 +326,15 @@ def _padded(array: Array, axis: int, tile: int) -> Array:
 
 
 class CompiledMatmul(_Operator):
-    """``y = act(W @ x + b)`` for one sparse W, compiled."""
+    """``y = act(W @ x + b)`` for one sparse W, compiled.
 
-    def __call__(self, x: Any, out: Any = None, residual: Any = None) -> Array:
-        """Compute the product.
-
-        Args:
-            x: float32 (K, N), any N and any strides; rows whose elements lie back to back are read in place. Tile-major
-                operators take (T, K, tile), C-contiguous: column ``tile * t + i`` of row ``k`` at ``[t, k, i]``.
-            out: float32 (M, N), or (T, M, tile), written and returned; a new array if None. It may be ``residual``
-                itself, but not overlap x.
-            residual: float32 like ``out``, exactly if compiled with ``residual=``.
-
-        Raises:
-            ShapeError, DTypeError, AliasError, UnsupportedError: see :mod:`sparsert.errors`; nothing is written then.
-        """
-        if self._again(x, out, residual):
-            return out  # type: ignore[no-any-return]
-        return self._run(x, out, residual)[0]
+    Args (of a call):
+        x: float32 (K, N), any N and any strides; rows whose elements lie back to back are read in place. Tile-major
+            operators take (T, K, tile), C-contiguous: column ``tile * t + i`` of row ``k`` at ``[t, k, i]``.
+        out: float32 (M, N), or (T, M, tile), written and returned; a new array if None. It may be ``residual``
+            itself, but not overlap x.
+        residual: float32 like ``out``, exactly if compiled with ``residual=``.
+    """
 
     def _run(self, x: Any, out: Any, residual: Any) -> tuple[Array, _Ready | None]:
         x = as_input(x, "x")
@@ -373,22 +371,13 @@ class CompiledMatmul(_Operator):
 
 
 class CompiledLinear(_Operator):
-    """``y = act(x @ W.T + b)`` for one sparse W, as ``torch.nn.Linear``, compiled."""
+    """``y = act(x @ W.T + b)`` for one sparse W, as ``torch.nn.Linear``, compiled.
 
-    def __call__(self, x: Any, out: Any = None, residual: Any = None) -> Array:
-        """Compute the product.
-
-        Args:
-            x: float32 (..., K). Leading axes that can be merged are read in place.
-            out: float32 (..., M), written and returned; a new array if None.
-            residual: float32 (..., M), exactly if compiled with ``residual=``.
-
-        Raises:
-            ShapeError, DTypeError, AliasError, UnsupportedError: see :mod:`sparsert.errors`; nothing is written then.
-        """
-        if self._again(x, out, residual):
-            return out  # type: ignore[no-any-return]
-        return self._run(x, out, residual)[0]
+    Args (of a call):
+        x: float32 (..., K). Leading axes that can be merged are read in place.
+        out: float32 (..., M), written and returned; a new array if None.
+        residual: float32 (..., M), exactly if compiled with ``residual=``.
+    """
 
     def _run(self, x: Any, out: Any, residual: Any) -> tuple[Array, _Ready | None]:
         x = as_input(x, "x")
