@@ -128,7 +128,7 @@ _TRANSPOSE = (
 TRANSPOSE_REGISTERS = 4
 
 
-def _transpose4(b: Builder) -> None:
+def transpose4(b: Builder) -> None:
     for op, d, x, y in _TRANSPOSE:
         b.emit(op, d=d, a=x, b=y)
 
@@ -158,7 +158,7 @@ def _gather(b: Builder, target: Target) -> None:
     for quarter in range(target.lanes // 4):
         for i in range(4):
             b.emit("insert4" if quarter else "load4", d=i, b=quarter, ptr=S.X, step=4 * quarter + i)
-    _transpose4(b)
+    transpose4(b)
     for i in range(4):
         b.emit("store", a=i, ptr=S.Y, disp=i * target.tile_bytes)
 
@@ -166,7 +166,7 @@ def _gather(b: Builder, target: Target) -> None:
 def _scatter(b: Builder, target: Target) -> None:
     for i in range(4):
         b.emit("load", d=i, ptr=S.Y, disp=i * target.tile_bytes)
-    _transpose4(b)
+    transpose4(b)
     for quarter in range(target.lanes // 4):
         for i in range(4):
             b.emit("store4", a=i, b=quarter, ptr=S.X, step=4 * quarter + i)

@@ -1,0 +1,598 @@
+"""The looped form: C = act(A @ B + bias), dense, with run-time extents, as one native call.
+
+One code object per epilogue serves every shape (design note 0015): for each number of rows of C that a block may have
+there is a micro-kernel, which keeps the block's rows by two vectors of columns in registers. Loops around it:
+
+    for matrix of the batch:
+        for block of K:                  # C carries the sums; panels of B stay in the second-level cache
+            for panel of columns:        # two vectors wide; the first block of rows packs it beside its multiply-adds
+                for block of rows:       # as equal as can be, one micro-kernel call each
+
+Elements of A are broadcast, B is loaded by vectors. Every output sums its products by rising k into one running sum,
+which begins with the bias, or else with its first product: blocks change no bit. Sums of more than
+:data:`~.plan.FOLD_TAPS` products are formed in pieces, as in the sparse form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import IntEnum, auto
+
+from ..codegen.registers import Operand, Recorder, Template, assign
+from ..codegen.vector import Builder, Program, Row, S, check, row
+from ..errors import UnsupportedError
+from ..target import Target
+from . import epilogue
+from .activations import ACTIVATIONS
+from .layout import transpose4
+
+UNROLL = 4
+"""Steps of k in one turn of the inner loop."""
+VECTORS = 2
+"""Vectors of a panel of columns."""
+_NEGATIVE_ZERO = 0x80000000  # a sum that starts with it has the bits of its first product, the sign of zeros too
+
+
+class Slot(IntEnum):
+    """The argument block of a call; addresses, pitches and steps are bytes."""
+
+    A = 0
+    B = auto()
+    C = auto()
+    R = auto()  # residual
+    BIAS = auto()
+    A_PITCH = auto()  # from row to row of A, or from k to k where A is given by columns; with multiples
+    A_PITCH3 = auto()
+    A_PITCH5 = auto()
+    A_PITCH7 = auto()
+    B_PITCH = auto()  # from k to k; from column to column where B is transposed
+    C_PITCH = auto()
+    R_PITCH = auto()
+    A_BATCH = auto()  # from matrix to matrix of the batch
+    B_BATCH = auto()
+    C_BATCH = auto()
+    R_BATCH = auto()
+    A_K = auto()  # from block to block of K
+    B_K = auto()
+    B_PANEL = auto()  # from panel to panel of columns
+    C_PANEL = auto()
+    R_PANEL = auto()
+    BIAS_PANEL = auto()
+    A_LARGE = auto()  # from block to block of rows: the larger blocks come first, the others have a row less
+    C_LARGE = auto()
+    R_LARGE = auto()
+    BIAS_LARGE = auto()
+    A_SMALL = auto()
+    C_SMALL = auto()
+    R_SMALL = auto()
+    BIAS_SMALL = auto()
+    BATCH = auto()  # how many matrices,
+    K_BLOCKS = auto()  # blocks of K but the last,
+    PANELS = auto()  # whole panels,
+    LARGE = auto()  # blocks of rows of either size
+    SMALL = auto()
+    SKIP_LARGE = auto()  # how many rows they have less than the largest micro-kernel
+    SKIP_SMALL = auto()
+    TAIL = auto()  # vectors of the last panel, 0 if there is none
+    TURNS = auto()  # of the inner loop in a block of K, and steps of k left over;
+    REST = auto()
+    LAST_TURNS = auto()  # the same in the last block
+    LAST_REST = auto()
+    NEXT = auto()  # how blocks of K after the first begin: 1 with the sums of C, 2 anew, to be added to those
+    PACK = auto()  # whether whole panels are packed, and the last one
+    PACK_TAIL = auto()
+    PANEL = auto()  # scratch for a panel
+    MASK = auto()  # address of a mask: the columns of the last vector
+    K_GROUPS = auto()  # packing of a transposed B: whole vectors of k in a block, and how many steps are left over
+    LAST_K_GROUPS = auto()
+    K_TAIL = auto()
+    LAST_K_TAIL = auto()
+    K_MASK = auto()  # address of a mask: those left over
+    LAST_K_MASK = auto()
+    QUADS = auto()  # fours of columns in the last panel; how far one more must go back to reach its last column
+    OVERLAP = auto()
+    OVERLAP_PITCH = auto()
+    QUAD_PITCH = auto()
+    SIXTEEN = auto()
+    ZERO = auto()
+    ONE = auto()
+    MATRICES_LEFT = auto()  # from here on: variables of the kernel
+    K_LEFT = auto()
+    PANELS_LEFT = auto()
+    ROWS_LEFT = auto()
+    GROUPS_LEFT = auto()
+    A_MATRIX = auto()  # where the current matrix begins,
+    B_MATRIX = auto()
+    C_MATRIX = auto()
+    R_MATRIX = auto()
+    A_BLOCK = auto()  # its current block of K,
+    B_BLOCK = auto()
+    B_HERE = auto()  # the panel,
+    C_HERE = auto()
+    R_HERE = auto()
+    BIAS_HERE = auto()
+    A_AT = auto()  # and the block of rows
+    B_AT = auto()
+    C_AT = auto()
+    R_AT = auto()
+    BIAS_AT = auto()
+    B_STEP = auto()
+    NOW_TURNS = auto()
+    NOW_REST = auto()
+    NOW_GROUPS = auto()
+    NOW_K_TAIL = auto()
+    NOW_K_MASK = auto()
+    START = auto()  # 0: with the bias or a product, 1: with C, 2: anew
+    FINAL = auto()  # this is the last block of K
+    PACKING = auto()
+
+    @property
+    def byte(self) -> int:
+        return 8 * int(self)
+
+
+@dataclass(frozen=True)
+class Form:
+    """What one code object computes; extents, pitches and batch are arguments.
+
+    Attributes:
+        a: "rows" (M, K), elements of a row back to back, or "columns" (K, M).
+        b: "rows" (K, N) or packed panels (panels, K, width), or "transposed" (N, K).
+        bias: None, "rows" (one per row of C) or "columns".
+        activation, parameters: a row of the activation table.
+        scale: results are multiplied by the single float at BIAS before anything else.
+        residual: None, "before" or "after" the activation.
+        scatter: C is written transposed, (N, M): its rows are then columns of the caller's array.
+    """
+
+    a: str = "rows"
+    b: str = "rows"
+    bias: str | None = None
+    activation: str | None = None
+    parameters: tuple[float, ...] = ()
+    residual: str | None = None
+    scale: bool = False
+    scatter: bool = False
+
+    def __post_init__(self) -> None:
+        known = {"a": ("rows", "columns"), "b": ("rows", "transposed"), "bias": (None, "rows", "columns"),
+                 "residual": (None, "before", "after")}  # fmt: skip
+        for name, values in known.items():
+            if getattr(self, name) not in values:
+                raise UnsupportedError(f"{name}={getattr(self, name)!r}", where=name, hint=f"Known: {values}.")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """The program of a form; ``rows`` is the most rows of a block."""
+
+    program: Program
+    rows: int
+
+
+def generate(form: Form, target: Target) -> Kernel:
+    """The vector program of ``form``: a few thousand rows, the same for every shape."""
+    b = Builder()
+    program = _Program(form, target, b)
+    program.emit()
+    finished = b.finish()
+    check(finished)
+    return Kernel(finished, program.rows)
+
+
+def most_rows(form: Form, target: Target) -> int:
+    """Rows of the largest block: accumulators beside two vectors of B, a broadcast element, a mask and the epilogue."""
+    code = _activation(form, Builder())
+    return (target.registers - max(4, code.registers if code else 0)) // VECTORS
+
+
+def _activation(form: Form, b: Builder) -> Template | None:
+    if form.activation is None:
+        return None
+    v = Recorder()
+    value: Operand = ACTIVATIONS[form.activation].function(v, v.input(), *form.parameters)
+    return assign(v, value, b, 4)
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """A micro-kernel: rows, vectors, whether the last one is masked, and whether B is packed on the way."""
+
+    rows: int
+    vectors: int
+    masked: bool
+    packs: bool
+
+    def accumulator(self, i: int, j: int) -> int:
+        return i * self.vectors + j
+
+    def __str__(self) -> str:
+        return f"{self.rows} rows x {self.vectors} vectors{', masked' * self.masked}{', packs B' * self.packs}"
+
+
+_PANELS = ((VECTORS, False), *((v, True) for v in range(1, VECTORS + 1)))
+"""Vectors and mask: whole panels, then the possible last ones."""
+
+
+class _Program:
+    def __init__(self, form: Form, target: Target, b: Builder) -> None:
+        self.form, self.target, self.b = form, target, b
+        self.tile = target.tile_bytes
+        self.activation = _activation(form, b)
+        self.rows = most_rows(form, target)
+        self.source = VECTORS * self.rows  # vectors of B behind the accumulators, then the element of A
+        self.element = self.source + VECTORS
+        self.finish = {v: b.label(f"activation of {self.rows}x{v}") for v in range(1, VECTORS + 1)}
+        self.packs_first = form.b == "transposed"
+        self.choose: dict[tuple[int, bool, bool], int] = {}
+
+    # ---- short words for rows of the program -----------------------------------------------------------------------
+    def get(self, register: S, slot: Slot) -> None:
+        self.b.emit("s_arg", d=register, disp=slot.byte)
+
+    def put(self, register: S, slot: Slot) -> None:
+        self.b.emit("s_put", a=register, disp=slot.byte)
+
+    def copy(self, *pairs: tuple[Slot, Slot]) -> None:
+        """Slots from slots."""
+        for to, source in pairs:
+            self.get(S.TMP, source)
+            self.put(S.TMP, to)
+
+    def advance(self, *pairs: tuple[Slot, Slot]) -> None:
+        for variable, step in pairs:
+            self.get(S.TMP, variable)
+            self.b.emit("s_add_arg", d=S.TMP, disp=step.byte)
+            self.put(S.TMP, variable)
+
+    def unless(self, slot: Slot, label: int) -> None:
+        """To ``label`` if the slot holds 0."""
+        self.get(S.TMP, slot)
+        self.b.emit("jump_zero", a=S.TMP, disp=label)
+
+    def repeat(self, slot: Slot, label: int) -> None:
+        """Count down; to ``label`` until 0 is reached."""
+        self.get(S.T, slot)
+        self.b.emit("s_addi", d=S.T, disp=-1)
+        self.put(S.T, slot)
+        out = self.b.label()
+        self.b.emit("jump_zero", a=S.T, disp=out)
+        self.b.emit("jump", disp=label)
+        self.b.place(out)
+
+    # ---- loops -----------------------------------------------------------------------------------------------------
+    def emit(self) -> None:
+        b = self.b
+        kinds = [(*panel, packs) for panel in _PANELS for packs in (False, True) if not (packs and self.packs_first)]
+        self.choose = {kind: b.label() for kind in kinds}
+        pack = {v: b.label("pack transposed B") for v in range(1, VECTORS + 1)}
+        b.emit("enter")
+        self.copy(*((getattr(Slot, f"{name}_MATRIX"), Slot[name]) for name in "ABCR"), (Slot.MATRICES_LEFT, Slot.BATCH))
+        matrix = b.label("matrix of the batch")
+        b.place(matrix)
+        self._matrix(pack)
+        self.advance(*((Slot[f"{name}_MATRIX"], Slot[f"{name}_BATCH"]) for name in "ABCR"))
+        self.repeat(Slot.MATRICES_LEFT, matrix)
+        b.emit("leave")
+        if self.packs_first:
+            for vectors, label in pack.items():
+                b.place(label)
+                self._pack_transposed(vectors)
+                b.emit("ret")
+        else:
+            for label in pack.values():
+                b.place(label)
+        for kind, label in self.choose.items():
+            kernels = [(b.label(str(shape)), shape) for shape in
+                       (_Shape(rows, *kind) for rows in range(self.rows, 0, -1))]  # fmt: skip
+            b.place(label)
+            for at, (kernel, _) in enumerate(kernels):
+                if at:
+                    b.emit("s_addi", d=S.TMP, disp=-1)
+                b.emit("jump_zero", a=S.TMP, disp=kernel)
+            b.emit("ret")  # no block has no rows
+            for kernel, shape in kernels:
+                b.emit("align", disp=16)
+                b.place(kernel)
+                self._kernel(shape)
+                b.emit("ret")
+        for vectors, label in self.finish.items():
+            b.place(label)
+            if self.activation is not None:
+                epilogue.apply(b, self.activation, self.rows * vectors, {})
+            b.emit("ret")
+
+    def _matrix(self, pack: dict[int, int]) -> None:
+        """All blocks of K of one matrix."""
+        b = self.b
+        self.copy((Slot.A_BLOCK, Slot.A_MATRIX), (Slot.B_BLOCK, Slot.B_MATRIX), (Slot.START, Slot.ZERO),
+                  (Slot.FINAL, Slot.ZERO), (Slot.K_LEFT, Slot.K_BLOCKS), (Slot.NOW_TURNS, Slot.TURNS),
+                  (Slot.NOW_REST, Slot.REST), (Slot.NOW_GROUPS, Slot.K_GROUPS), (Slot.NOW_K_TAIL, Slot.K_TAIL),
+                  (Slot.NOW_K_MASK, Slot.K_MASK))  # fmt: skip
+        block, last, panels = b.label("block of K"), b.label("last block of K"), b.label()
+        b.place(block)
+        self.unless(Slot.K_LEFT, last)
+        self.get(S.T, Slot.K_LEFT)
+        b.emit("s_addi", d=S.T, disp=-1)
+        self.put(S.T, Slot.K_LEFT)
+        b.emit("jump", disp=panels)
+        b.place(last)
+        self.copy((Slot.FINAL, Slot.ONE), (Slot.NOW_TURNS, Slot.LAST_TURNS), (Slot.NOW_REST, Slot.LAST_REST),
+                  (Slot.NOW_GROUPS, Slot.LAST_K_GROUPS), (Slot.NOW_K_TAIL, Slot.LAST_K_TAIL),
+                  (Slot.NOW_K_MASK, Slot.LAST_K_MASK))  # fmt: skip
+        b.place(panels)
+        self._panels(pack)
+        self.advance((Slot.A_BLOCK, Slot.A_K), (Slot.B_BLOCK, Slot.B_K))
+        self.copy((Slot.START, Slot.NEXT))
+        self.unless(Slot.FINAL, block)
+
+    def _panels(self, pack: dict[int, int]) -> None:
+        """All panels of columns, for one block of K."""
+        b = self.b
+        self.copy((Slot.B_HERE, Slot.B_BLOCK), (Slot.C_HERE, Slot.C_MATRIX), (Slot.R_HERE, Slot.R_MATRIX),
+                  (Slot.BIAS_HERE, Slot.BIAS), (Slot.PANELS_LEFT, Slot.PANELS))  # fmt: skip
+        tail, panel, end = b.label("last panel"), b.label("panel of columns"), b.label()
+        self.unless(Slot.PANELS_LEFT, tail)
+        b.place(panel)
+        self._rows(VECTORS, False, Slot.PACK, pack)
+        self.advance((Slot.B_HERE, Slot.B_PANEL), (Slot.C_HERE, Slot.C_PANEL), (Slot.R_HERE, Slot.R_PANEL),
+                     (Slot.BIAS_HERE, Slot.BIAS_PANEL))  # fmt: skip
+        self.repeat(Slot.PANELS_LEFT, panel)
+        b.place(tail)
+        self.get(S.T, Slot.TAIL)
+        for vectors, masked in _PANELS[1:]:
+            b.emit("jump_zero", a=S.T, disp=end)
+            other = b.label()
+            b.emit("s_addi", d=S.T, disp=-1)
+            b.emit("s_mov", d=S.TMP, a=S.T)
+            if vectors < VECTORS:
+                taken = b.label()
+                b.emit("jump_zero", a=S.TMP, disp=taken)
+                b.emit("jump", disp=other)
+                b.place(taken)
+            self._rows(vectors, masked, Slot.PACK_TAIL, pack)
+            b.emit("jump", disp=end)
+            b.place(other)
+        b.place(end)
+
+    def _rows(self, vectors: int, masked: bool, packs: Slot, pack: dict[int, int]) -> None:
+        """All blocks of rows, for one panel of columns."""
+        b = self.b
+        if self.packs_first:
+            b.emit("call", disp=pack[vectors])
+            self.copy((Slot.B_AT, Slot.PANEL))
+            b.emit("s_set", d=S.TMP, disp=vectors * self.tile)
+            self.put(S.TMP, Slot.B_STEP)
+        else:
+            self.copy((Slot.B_AT, Slot.B_HERE), (Slot.B_STEP, Slot.B_PITCH), (Slot.PACKING, packs))
+        self.copy((Slot.A_AT, Slot.A_BLOCK), (Slot.C_AT, Slot.C_HERE), (Slot.R_AT, Slot.R_HERE),
+                  (Slot.BIAS_AT, Slot.BIAS_HERE))  # fmt: skip
+        for size in ("LARGE", "SMALL"):
+            over, again, plain, after = b.label(), b.label(f"{size.lower()} blocks of rows"), b.label(), b.label()
+            self.unless(Slot[size], over)
+            self.copy((Slot.ROWS_LEFT, Slot[size]))
+            b.place(again)
+            if not self.packs_first:
+                self.unless(Slot.PACKING, plain)
+                self.get(S.TMP, Slot[f"SKIP_{size}"])
+                b.emit("call", disp=self.choose[vectors, masked, True])
+                self.copy((Slot.PACKING, Slot.ZERO), (Slot.B_AT, Slot.PANEL))
+                b.emit("s_set", d=S.TMP, disp=vectors * self.tile)
+                self.put(S.TMP, Slot.B_STEP)
+                b.emit("jump", disp=after)
+            b.place(plain)
+            self.get(S.TMP, Slot[f"SKIP_{size}"])
+            b.emit("call", disp=self.choose[vectors, masked, False])
+            b.place(after)
+            self.advance(*((Slot[f"{name}_AT"], Slot[f"{name}_{size}"]) for name in ("A", "C", "R", "BIAS")))
+            self.repeat(Slot.ROWS_LEFT, again)
+            b.place(over)
+
+    # ---- the micro-kernel ------------------------------------------------------------------------------------------
+    def _kernel(self, shape: _Shape) -> None:
+        b = self.b
+        if shape.masked:
+            self._mask()
+        self._start(shape)
+        for register, slot in ((S.Y, Slot.A_AT), (S.PX, Slot.A_PITCH), (S.W, Slot.B_AT), (S.PY, Slot.B_STEP)):
+            self.get(register, slot)
+        if self.form.a == "rows":
+            for register, slot in ((S.PX3, Slot.A_PITCH3), (S.PX5, Slot.A_PITCH5), (S.PX7, Slot.A_PITCH7)):
+                self.get(register, slot)
+        else:
+            b.emit("s_mov", d=S.X, a=S.Y)
+        if shape.packs:
+            self.get(S.PANEL, Slot.PANEL)
+        for steps, count in ((UNROLL, Slot.NOW_TURNS), (1, Slot.NOW_REST)):
+            over, turn = b.label(), b.label()
+            self.get(S.K, count)
+            b.emit("jump_zero", a=S.K, disp=over)
+            if steps > 1:
+                b.emit("align", disp=16)
+            b.place(turn)
+            b.emit_rows(tuple(self._steps(shape, steps)))
+            b.emit("loop", a=S.K, disp=turn)
+            b.place(over)
+        self._finish(shape)
+
+    def _steps(self, shape: _Shape, steps: int) -> Iterator[Row]:
+        """``steps`` of k: vectors of B, and for every row an element of A times each."""
+        rows = self.form.a == "rows"
+        if rows:
+            yield row("s_mov", d=S.X, a=S.Y)
+            yield row("s_addi", d=S.Y, disp=4 * steps)
+        for k in range(steps):
+            for j in range(shape.vectors):
+                masked = shape.packs and shape.masked and j == shape.vectors - 1
+                yield row("load_mask" if masked else "load", d=self.source + j, ptr=S.W, disp=j * self.tile)
+            if shape.packs:
+                for j in range(shape.vectors):
+                    yield row("store", a=self.source + j, ptr=S.PANEL, disp=(k * shape.vectors + j) * self.tile)
+            yield row("s_add", d=S.W, a=S.PY)
+            order = range(shape.rows)
+            for i in reversed(order) if rows and k % 2 else order:  # fewer moves of a base that reaches eight rows
+                where = {"step": i, "disp": 4 * k} if rows else {"disp": 4 * i}
+                yield row("bcast", d=self.element, ptr=S.X, **where)
+                for j in range(shape.vectors):
+                    yield row("fma_acc", d=shape.accumulator(i, j), a=self.source + j, b=self.element)
+            if not rows:
+                yield row("s_add", d=S.X, a=S.PX)
+        if shape.packs:
+            yield row("s_addi", d=S.PANEL, disp=steps * shape.vectors * self.tile)
+
+    def _mask(self) -> None:
+        self.get(S.TMP, Slot.MASK)
+        self.b.emit("set_mask", ptr=S.TMP)
+
+    def _each(self, shape: _Shape, address: Slot, pitch: Slot) -> Iterator[tuple[int, int, bool]]:
+        """Walk Y over the block's part of an array: accumulators, displacement, and whether it is masked."""
+        self.get(S.Y, address)
+        self.get(S.PY, pitch)
+        for i in range(shape.rows):
+            for j in range(shape.vectors):
+                yield shape.accumulator(i, j), j * self.tile, shape.masked and j == shape.vectors - 1
+            if i < shape.rows - 1:
+                self.b.emit("s_add", d=S.Y, a=S.PY)
+
+    def _start(self, shape: _Shape) -> None:
+        """The accumulators: the bias, the sums of the blocks of K before, or what gives the first product's bits."""
+        b, bias = self.b, self.form.bias
+        fresh, carried, go = b.label(), b.label(), b.label()
+        accumulators = [(shape.accumulator(i, j), i, j) for i in range(shape.rows) for j in range(shape.vectors)]
+        self.get(S.TMP, Slot.START)
+        b.emit("jump_zero", a=S.TMP, disp=fresh)
+        b.emit("s_addi", d=S.TMP, disp=-1)
+        b.emit("jump_zero", a=S.TMP, disp=carried)
+        if bias is not None:  # else 2 is 0
+            self._nothing(shape)
+            b.emit("jump", disp=go)
+        b.place(fresh)
+        if bias is None:
+            self._nothing(shape)
+        else:
+            self.get(S.Y, Slot.BIAS_AT)
+            for accumulator, i, j in accumulators:
+                if bias == "rows":
+                    b.emit("mov" if j else "bcast", d=accumulator, a=accumulator - j, ptr=S.Y, disp=0 if j else 4 * i)
+                elif i:
+                    b.emit("mov", d=accumulator, a=j)
+                else:
+                    masked = shape.masked and j == shape.vectors - 1
+                    b.emit("load_mask" if masked else "load", d=accumulator, ptr=S.Y, disp=j * self.tile)
+        b.emit("jump", disp=go)
+        b.place(carried)
+        for accumulator, disp, masked in self._each(shape, Slot.C_AT, Slot.C_PITCH):
+            b.emit("load_mask" if masked else "load", d=accumulator, ptr=S.Y, disp=disp)
+        b.place(go)
+
+    def _nothing(self, shape: _Shape) -> None:
+        b = self.b
+        b.emit("s_const", d=S.CONST)
+        b.emit("const", d=0, b=-1 - b.constant(_NEGATIVE_ZERO))
+        for accumulator in range(1, shape.rows * shape.vectors):
+            b.emit("mov", d=accumulator, a=0)
+
+    def _finish(self, shape: _Shape) -> None:
+        """Sums of pieces added up, the epilogue behind the last block of K, and the stores."""
+        b, form, other = self.b, self.form, self.element
+        whole, raw = b.label(), b.label()
+        if shape.masked:
+            self._mask()
+        self.get(S.TMP, Slot.START)
+        for _ in range(2):
+            b.emit("jump_zero", a=S.TMP, disp=whole)
+            b.emit("s_addi", d=S.TMP, disp=-1)
+        for accumulator, disp, masked in self._each(shape, Slot.C_AT, Slot.C_PITCH):
+            b.emit("load_mask" if masked else "load", d=other, ptr=S.Y, disp=disp)
+            b.emit("add", d=accumulator, a=accumulator, b=other)
+        b.place(whole)
+        self.unless(Slot.FINAL, raw)
+        if form.scale:
+            self.get(S.Y, Slot.BIAS_AT)
+            b.emit("bcast", d=other, ptr=S.Y)
+            for accumulator in range(shape.rows * shape.vectors):
+                b.emit("mul", d=accumulator, a=accumulator, b=other)
+        if form.residual == "before":
+            self._residual(shape)
+        if self.activation is not None:
+            for accumulator in range(shape.rows * shape.vectors, self.rows * shape.vectors):
+                b.emit("zero", d=accumulator)  # the activation is applied to all of them
+            b.emit("call", disp=self.finish[shape.vectors])
+            if shape.masked:
+                self._mask()
+        if form.residual == "after":
+            self._residual(shape)
+        b.place(raw)
+        for accumulator, disp, masked in self._each(shape, Slot.C_AT, Slot.C_PITCH):
+            b.emit("store_mask" if masked else "store", a=accumulator, ptr=S.Y, disp=disp)
+
+    def _residual(self, shape: _Shape) -> None:
+        for accumulator, disp, masked in self._each(shape, Slot.R_AT, Slot.R_PITCH):
+            self.b.emit("load_mask" if masked else "load", d=self.element, ptr=S.Y, disp=disp)
+            self.b.emit("add", d=accumulator, a=accumulator, b=self.element)
+
+    # ---- packing a transposed B ------------------------------------------------------------------------------------
+    def _pack_transposed(self, vectors: int) -> None:
+        """PANEL[k][n] = B[n][k]: vectors of k from four rows, 4x4 blocks transposed, quarters stored.
+
+        The last four rows of B overlap those before. Where the panel has fewer than four, elements in front of it
+        are written: the padding of the row before, which nothing reads, and 12 bytes in front of the first.
+        """
+        b = self.b
+        self.get(S.PX, Slot.B_PITCH)
+        for register, factor in ((S.PX3, 3), (S.PX5, 5), (S.PX7, 7)):
+            b.emit("s_muli", d=register, a=S.PX, disp=factor)
+        self.get(S.TMP, Slot.NOW_K_MASK)
+        b.emit("set_mask", ptr=S.TMP)
+        self.get(S.CONST, Slot.B_HERE)  # the four rows of B,
+        self.get(S.PANEL, Slot.PANEL)  # and their place in the panel
+        quad, last, end = b.label(), b.label(), b.label()
+        if vectors == VECTORS:  # or it is the last panel
+            b.emit("s_set", d=S.K, disp=VECTORS * self.target.lanes // 4)
+            self.get(S.TMP, Slot.PANELS_LEFT)
+            whole = b.label()
+            b.emit("jump_zero", a=S.TMP, disp=whole)
+            b.emit("jump", disp=quad)
+            b.place(whole)
+        self.get(S.K, Slot.QUADS)
+        b.emit("jump_zero", a=S.K, disp=last)
+        b.place(quad)
+        self._pack_quad(vectors)
+        for register, step in ((S.CONST, Slot.QUAD_PITCH), (S.PANEL, Slot.SIXTEEN)):
+            b.emit("s_add_arg", d=register, disp=step.byte)
+        b.emit("loop", a=S.K, disp=quad)
+        self.get(S.TMP, Slot.PANELS_LEFT)
+        b.emit("jump_zero", a=S.TMP, disp=last)
+        b.emit("jump", disp=end)
+        b.place(last)
+        self.unless(Slot.OVERLAP, end)
+        b.emit("s_add_arg", d=S.PANEL, disp=Slot.OVERLAP.byte)
+        b.emit("s_add_arg", d=S.CONST, disp=Slot.OVERLAP_PITCH.byte)
+        self._pack_quad(vectors)
+        b.place(end)
+
+    def _pack_quad(self, vectors: int) -> None:
+        """Four rows of B at CONST to four columns of the panel at PANEL."""
+        b, width = self.b, vectors * self.tile
+        turn, rest, end = b.label(), b.label(), b.label()
+        b.emit("s_mov", d=S.X, a=S.CONST)
+        b.emit("s_mov", d=S.Y, a=S.PANEL)
+        self.get(S.T, Slot.NOW_GROUPS)
+        b.emit("jump_zero", a=S.T, disp=rest)
+        for load in ("load", "load_mask"):
+            if load == "load":
+                b.place(turn)
+            else:
+                b.place(rest)
+                self.unless(Slot.NOW_K_TAIL, end)
+            for i in range(4):
+                b.emit(load, d=i, ptr=S.X, step=i)
+            transpose4(b)
+            for k in range(self.target.lanes):
+                b.emit("store4", a=k % 4, b=k // 4, ptr=S.Y, disp=k * width)
+            if load == "load":
+                b.emit("s_addi", d=S.X, disp=self.tile)
+                b.emit("s_addi", d=S.Y, disp=self.target.lanes * width)
+                b.emit("loop", a=S.T, disp=turn)
+        b.place(end)
