@@ -12,12 +12,14 @@ from .codegen.x86.assemble import assemble, listing
 from .errors import CodeBudgetError, ScheduleError, ShapeError, UnsupportedError, ValueRangeError
 from .kernels import activations, matmul
 from .operators.arrays import Array, as_input
+from .operators.dense import CompiledProduct, DenseProduct, ProductSpec
 from .operators.matmul import Compiled, CompiledLinear, CompiledMatmul, Product, Stats
 from .operators.native import NativeProduct
 from .operators.reference import ReferenceProduct
 from .runtime import host
 from .runtime.cpu import Executable
 from .schedule import cost
+from .schedule.dense import DenseSchedule
 from .schedule.schedule import Schedule
 from .schedule.task import LAYOUTS, Task
 from .sparsity.pattern import SparseMatrix, as_sparse, require_finite
@@ -33,7 +35,7 @@ _Kind = TypeVar("_Kind", CompiledMatmul, CompiledLinear)
 def compile_matmul(
     weight: Any, bias: Any = None, activation: Any = None, *, residual: str | None = None, precision: str = "f32",
     target: str = "native", threads: int | None = None, layout: str = "row_major", schedule: Schedule | None = None,
-    max_code_bytes: int | None = None,
+    max_code_bytes: int | None = None, form: str | None = None,
 ) -> CompiledMatmul:  # fmt: skip
     """Compile ``y = act(W @ x + b)`` for a sparse W.
 
@@ -49,8 +51,11 @@ def compile_matmul(
         target: "native" (the best this machine executes), "x86-avx512", "x86-avx2" or "reference" (NumPy, everywhere).
         threads: upper bound; None is what affinity mask and cgroup quota allow. One thread is used at present.
         layout: "row_major" (x (K, N)) or "tile_major" (x (T, K, tile), as layers inside a network exchange it).
-        schedule: how to block the product; None leaves it to the cost model.
+        schedule: how to block the product, in the sparse form; None leaves it to the cost model.
         max_code_bytes: refuse to generate more code than this.
+        form: "sparse" (unrolled over the nonzeros), "dense" (looped over all elements: one code for every shape, but
+            where W has zeros they are factors too, and 0 * inf is NaN) or None: dense where nothing is zero and W is
+            large enough for it. ``explain()`` says what was chosen, and where "dense" would be faster.
 
     Raises:
         ShapeError, DTypeError, FormatError, ValueRangeError, UnsupportedError: what is wrong with an argument.
@@ -61,14 +66,15 @@ def compile_matmul(
     if not isinstance(layout, str) or layout not in LAYOUTS[:2]:
         raise UnsupportedError(f"unknown layout {layout!r}", where="layout", hint=f"Known: {', '.join(LAYOUTS[:2])}.")
     return _compile(
-        CompiledMatmul, weight, bias, activation, residual, precision, target, threads, layout, schedule, max_code_bytes
-    )
+        CompiledMatmul, weight, bias, activation, residual, precision, target, threads, layout, schedule, max_code_bytes,
+        form,
+    )  # fmt: skip
 
 
 def compile_linear(
     weight: Any, bias: Any = None, activation: Any = None, *, residual: str | None = None, precision: str = "f32",
     target: str = "native", threads: int | None = None, schedule: Schedule | None = None,
-    max_code_bytes: int | None = None,
+    max_code_bytes: int | None = None, form: str | None = None,
 ) -> CompiledLinear:  # fmt: skip
     """Compile ``y = act(x @ W.T + b)`` for a sparse W (M, K): x (..., K) to y (..., M), as ``torch.nn.Linear``.
 
@@ -86,7 +92,41 @@ def compile_linear(
         "transposed",
         schedule,
         max_code_bytes,
+        form,
     )
+
+
+def compile_product(
+    *, transpose_a: bool = False, transpose_b: bool = False, scale: float = 1.0, activation: Any = None,
+    target: str = "native",
+) -> CompiledProduct:  # fmt: skip
+    """Compile ``y = act(scale * a @ b)`` for two activations, as in attention: a (..., M, K), b (..., K, N).
+
+    M, K, N and the leading axes, which broadcast, are those of each call; one piece of code serves them all.
+
+    Args:
+        transpose_a: a is (..., K, M).
+        transpose_b: b is (..., N, K).
+        scale: the sums are multiplied by this, rounded to float32.
+        activation, target: as in :func:`compile_matmul`.
+
+    Raises:
+        UnsupportedError: an unknown activation or target. ValueRangeError: ``scale`` is no finite number.
+        TargetUnavailableError, ExecutableMemoryError: as in :func:`compile_matmul`.
+    """
+    for name, flag in (("transpose_a", transpose_a), ("transpose_b", transpose_b)):
+        if not isinstance(flag, (bool, np.bool_)):
+            raise UnsupportedError(f"{name}={flag!r} is neither True nor False", where=name)
+    try:
+        with np.errstate(over="ignore"):
+            factor = float(np.float32(scale))
+    except (TypeError, ValueError, OverflowError):
+        factor = np.nan
+    if not np.isfinite(factor):
+        raise ValueRangeError(f"{scale!r} is no finite number", where="scale", hint="1 / sqrt(64) is usual.")
+    found, parameters = activations.parse(activation)
+    spec = ProductSpec(bool(transpose_a), bool(transpose_b), factor, found.name if found else None, parameters)
+    return CompiledProduct(spec, host.resolve(target))
 
 
 def compile_listing(
@@ -108,7 +148,7 @@ def compile_listing(
 
 def _compile(
     kind: type[_Kind], weight: Any, bias: Any, activation: Any, residual: str | None, precision: str, target: str,
-    threads: int | None, layout: str, schedule: Schedule | None, max_code_bytes: int | None,
+    threads: int | None, layout: str, schedule: Schedule | None, max_code_bytes: int | None, form: str | None,
 ) -> _Kind:  # fmt: skip
     started = time.perf_counter()
     permitted = _threads(threads)
@@ -117,25 +157,27 @@ def _compile(
     task, b = _task(matrix, bias, activation, residual, precision, layout)
     _check_schedule(schedule)
     permitted_bytes = _budget(max_code_bytes)
+    chosen: Schedule | DenseSchedule | None
+    dense_reason = _dense(form, task, found, schedule)
     if found.isa == "reference":
         product: Product = ReferenceProduct(task)
         chosen, reason, code_bytes, instructions, reuse, list_code = None, "", 0, 0, 0.0, _no_listing
+    elif dense_reason:
+        task = replace(task, layout="transposed" if kind is CompiledLinear else task.layout)
+        dense = product = DenseProduct(task, found)
+        chosen, reason, reuse = dense.schedule, dense_reason, float(dense.code.rows)
+        code_bytes, instructions, list_code = dense.code.size, dense.code.instructions, dense.listing
+        _within(code_bytes, permitted_bytes)
     else:
         budget = _hopeful(permitted_bytes, matrix.pattern.nnz)
-        chosen = _schedule(task, found, schedule)
-        reason = "given by the caller" if schedule else cost.reason(task, found, chosen)
-        kernel = matmul.generate(task, chosen, found)
+        chosen = fixed = _schedule(task, found, schedule)
+        reason = "given by the caller" if schedule else cost.reason(task, found, fixed)
+        kernel = matmul.generate(task, fixed, found)
         code = assemble(kernel.program, found.isa)
-        if len(code.code) > budget:
-            raise CodeBudgetError(
-                f"the code takes {len(code.code)} bytes, {budget} are permitted",
-                where="max_code_bytes",
-                hint="Raise the budget, or use target='reference'.",
-            )
-        product = NativeProduct(task, chosen, found, kernel, Executable(code.code))
+        _within(len(code.code), budget)
+        product = NativeProduct(task, fixed, found, kernel, Executable(code.code))
         code_bytes, instructions = len(code.code), code.instructions
         reuse = matrix.pattern.nnz / max(1, kernel.x_loads)
-        fixed = chosen
 
         def list_code() -> str:
             return listing(matmul.generate(task, fixed, found).program, found.isa)
@@ -206,6 +248,30 @@ def _budget(given: int | None) -> int:
             f"{given!r} is not a number of bytes", where="max_code_bytes", hint="Use None or an int from 0 on."
         )
     return min(int(budget), MAX_CODE_BYTES)
+
+
+def _within(size: int, budget: int) -> None:
+    if size > budget:
+        raise CodeBudgetError(
+            f"the code takes {size} bytes, {budget} are permitted",
+            where="max_code_bytes",
+            hint="Raise the budget, or use target='reference'.",
+        )
+
+
+def _dense(form: Any, task: Task, target: Target, schedule: Schedule | None) -> str:
+    """Why the dense form is used, or an empty string where it is not."""
+    if not (form is None or (isinstance(form, str) and form in ("sparse", "dense"))):
+        raise UnsupportedError(f"unknown form {form!r}", where="form", hint="Use None, 'sparse' or 'dense'.")
+    if form == "dense" and schedule is not None:
+        raise ScheduleError("a schedule is of the sparse form", where="schedule", hint="Leave it out, or form='dense'.")
+    if form == "dense" and task.layout == "tile_major":
+        raise UnsupportedError("the dense form takes no tile-major arrays", where="layout", hint="Use 'row_major'.")
+    if form == "sparse" or schedule is not None or task.layout == "tile_major" or not task.pattern.nnz:
+        return ""
+    if form == "dense":
+        return "given by the caller"
+    return cost.dense_reason(task, target)
 
 
 def _hopeful(budget: int, nnz: int) -> int:

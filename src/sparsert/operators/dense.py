@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from ..codegen.x86.assemble import assemble
+from ..codegen.x86.assemble import assemble, listing
+from ..errors import AliasError, InternalError, ShapeError
+from ..kernels.activations import ACTIVATIONS
 from ..kernels.dense import UNROLL, VECTORS, Form, Slot, generate
+from ..kernels.plan import fold_width
 from ..runtime.cpu import Executable, Frame, address_of
-from ..schedule.dense import DenseSchedule
+from ..runtime.memory import aligned_empty
+from ..schedule.dense import DenseSchedule, choose
+from ..schedule.task import Task
+from ..sparsity.pattern import SparseMatrix
 from ..target import Target
+from .arrays import Array, as_input, as_output, empty, overlaps, packed_columns
 
-Array = NDArray[np.float32]
+_SHAPES = 32  # shapes and pitches whose frames are kept
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,9 +134,284 @@ def pack_rows(weight: Array, most: int) -> tuple[Array, int, int]:
     return out, 4 * size, 4 * k * size
 
 
-def pack_panels(weight: Array, lanes: int) -> tuple[Array, int]:
-    """W (N, K) as panels of columns [panel][k][column], zeros behind the last one, and the bytes of a panel.
+def pack_panels(weight: Array, lanes: int) -> tuple[Array, int, int]:
+    """W (N, K) as panels of columns [panel][k][column], its pitch and the bytes of a panel; zeros fill the last."""
+    n, k = weight.shape
+    width = VECTORS * lanes
+    panels, rest = divmod(n, width)
+    out = np.zeros((panels + (rest > 0), k, width), np.float32)
+    out[:panels] = weight[: n - rest].reshape(panels, width, k).transpose(0, 2, 1)
+    out[panels:, :, :rest] = weight[n - rest :].T
+    return out, 4 * width, 4 * k * width
 
-    A last panel of one vector has rows of one vector.
+
+class DenseProduct:
+    """The looped form with a constant W behind a compiled operator: the same contract as the sparse product.
+
+    Row-major x is the B of the product, packed on the way; in linear layers it is the A, read where it lies. Any number
+    of threads may call at once.
     """
-    raise NotImplementedError
+
+    narrowest = 1
+
+    def __init__(self, task: Task, target: Target) -> None:
+        self.task, self.target = task, target
+        self.linear = task.layout == "transposed"
+        self.form = Form(
+            "rows" if self.linear else "columns", bias=("columns" if self.linear else "rows") if task.bias else None,
+            activation=task.activation, parameters=task.parameters, residual=task.residual,
+        )  # fmt: skip
+        self.code = code_of(self.form, target)
+        _, k = task.pattern.shape
+        self.fold = fold_width(k, k)
+        self.schedule = choose(k, self.fold, target, VECTORS * target.tile_bytes)
+        self.values: list[tuple[Array, int]] = [(aligned_empty(0), 0)]
+        self._layout = (0, 0)  # pitch, and bytes of a block or panel, of the packed values
+        self._bias: Array = aligned_empty(0)
+        self._bindings: dict[tuple[int, ...], DenseBinding] = {}
+
+    def load(self, values: Array, bias: Array | None) -> None:
+        """Pack new values; calls under way keep the ones they started with."""
+        weight = SparseMatrix(self.task.pattern, values).to_dense()
+        if self.linear:
+            packed, *layout = pack_panels(weight, self.target.lanes)
+        else:
+            packed, *layout = pack_rows(weight, self.code.rows)
+        aligned = aligned_empty(packed.size)
+        aligned[:] = packed.reshape(-1)
+        if bias is not None and not self._bias.size:
+            self._bias = aligned_empty(bias.size)
+            self._bias[:] = bias
+        self._layout = layout[0], layout[1]
+        self.values[0] = aligned, address_of(aligned)
+
+    def bind(self, x: Array, y: Array, r: Array | None, columns: int) -> DenseBinding | None:
+        """The binding for arrays like these; None where the residual has to be copied at each call."""
+        same = r is not None and address_of(r) == address_of(y)
+        if same and self.fold:  # y holds sums of the pieces meanwhile
+            return None
+        key = (columns, x.strides[0], y.strides[0], 0 if r is None else r.strides[0], int(same))
+        binding = self._bindings.get(key)
+        if binding is None:
+            if len(self._bindings) >= _SHAPES:
+                self._bindings.clear()
+            binding = self._bindings[key] = DenseBinding(self, self._frames(*key))
+        return binding
+
+    def listing(self) -> str:
+        """The machine code as text, generated anew."""
+        return listing(generate(self.form, self.target).program, self.target.isa)
+
+    def _frames(self, columns: int, x_pitch: int, y_pitch: int, r_pitch: int, same: int) -> Callable[[], Frame]:
+        m, k = self.task.pattern.shape
+        pitch, block = self._layout
+        if self.linear:
+            extents = Extents(1, columns, m, k, x_pitch, pitch, y_pitch, r_pitch, panel=block)
+        else:
+            extents = Extents(1, m, columns, k, pitch, x_pitch, y_pitch, r_pitch, a_block=block)
+        schedule = DenseSchedule(k) if same else self.schedule  # y must not be written before r is read
+        code, bias = self.code, self._bias  # not self: a binding does not keep its product
+
+        def make() -> Frame:
+            made = frame(code, extents, schedule)
+            made.slots[Slot.BIAS] = address_of(bias)
+            return made
+
+        return make
+
+    def run(self, x: Array, y: Array, r: Array | None, columns: int) -> None:
+        """One call; x, y and r as the task's layout says."""
+        r = r.copy() if r is not None and self.fold else r
+        binding = self.bind(x, y, r, columns)
+        if binding is None:
+            raise InternalError("a copied residual is y itself")
+        binding.call(address_of(x), address_of(y), 0 if r is None else address_of(r))
+
+
+class DenseBinding:
+    """The product for arrays of one shape and pitch."""
+
+    __slots__ = ("bias", "call_native", "executable", "first", "free", "make", "values")
+
+    def __init__(self, product: DenseProduct, make: Callable[[], Frame]) -> None:
+        self.executable, self.values, self.make = product.code.executable, product.values, make
+        self.first = product.linear  # whether x is the first operand
+        self.free: list[Frame] = []
+
+    def call(self, xa: int, ya: int, ra: int) -> None:
+        """One call with x, y and the residual (0: none) at these addresses."""
+        try:
+            frame = self.free.pop()
+        except IndexError:
+            frame = self.make()
+        values, weights = self.values[0]  # held here: a refit meanwhile does not free what this call reads
+        a, b = (xa, weights) if self.first else (weights, xa)
+        frame.point(a, b, ya, ra)
+        self.executable.call(frame.address)
+        self.free.append(frame)
+        del values
+
+    def fixed(self, xa: int, ya: int, ra: int) -> Callable[[], None]:
+        """The call for arrays that stay where they are."""
+        call = self.call
+        return lambda: call(xa, ya, ra)
+
+
+@dataclass(frozen=True)
+class ProductSpec:
+    """What a product of two activations computes around them."""
+
+    transpose_a: bool
+    transpose_b: bool
+    scale: float
+    activation: str | None
+    parameters: tuple[float, ...]
+
+
+class CompiledProduct:
+    """``y = act(scale * a @ b)`` for two activations of any extents, compiled; see :func:`sparsert.compile_product`.
+
+    Args (of a call):
+        a: float32 (..., M, K), or (..., K, M) if compiled with ``transpose_a``. Any strides; an operand whose rows or
+            columns lie back to back is read where it is, or packed on the way.
+        b: float32 (..., K, N), or (..., N, K) with ``transpose_b``. Leading axes broadcast as in ``numpy.matmul``.
+        out: float32 (..., M, N), written and returned; a new array if None. It may overlap neither operand.
+    """
+
+    def __init__(self, spec: ProductSpec, target: Target) -> None:
+        self.spec, self._target = spec, target
+        self._frames: dict[tuple[object, ...], tuple[Code, list[Frame]]] = {}
+        self._scale = np.full(1, spec.scale, np.float32)
+
+    @property
+    def target(self) -> str:
+        """Name of the target this was compiled for."""
+        return self._target.name
+
+    def explain(self) -> str:
+        """What was compiled, in a few lines."""
+        s = self.spec
+        words = [f"dense product, run-time extents, target {self.target}"]
+        if s.scale != 1:
+            words.append(f"scaled by {s.scale:.9g}")
+        if s.activation:
+            words.append(f"then {s.activation}{s.parameters or ''}")
+        return "; ".join(words)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} target={self.target}>"
+
+    def __call__(self, a: Any, b: Any, out: Any = None) -> Array:
+        """Compute the product.
+
+        Raises:
+            ShapeError, DTypeError, AliasError: see :mod:`sparsert.errors`; nothing is written then.
+        """
+        a, b = as_input(a, "a"), as_input(b, "b")
+        for name, array in (("a", a), ("b", b)):
+            if array.ndim < 2:
+                raise ShapeError(f"shape {array.shape} has fewer than two axes", where=name,
+                                 hint="Add axes: a row is x[None, :], a column x[:, None].")  # fmt: skip
+        if self.spec.transpose_a:
+            a = a.swapaxes(-1, -2)
+        if self.spec.transpose_b:
+            b = b.swapaxes(-1, -2)
+        (m, k), (k2, n) = a.shape[-2:], b.shape[-2:]
+        if k != k2:
+            raise ShapeError(f"a has {k} elements to multiply and b has {k2}: shapes {a.shape} and {b.shape} as (M, K) "
+                             f"and (K, N)", where="b", hint="transpose_a and transpose_b swap the last two axes.")  # fmt: skip
+        try:
+            batch = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+        except ValueError:
+            raise ShapeError(f"leading axes {a.shape[:-2]} and {b.shape[:-2]} do not broadcast", where="b") from None
+        shape = (*batch, m, n)
+        y = empty(shape) if out is None else as_output(out, shape)
+        for name, array in (("a", a), ("b", b)):
+            if out is not None and y.size and array.size and overlaps(array, y):
+                raise AliasError(f"out overlaps {name}, which is still read while out is written", where="out",
+                                 hint="Pass another array.")  # fmt: skip
+        if not y.size:
+            return y
+        if not k or self._target.isa == "reference":
+            self._in_numpy(a, b, y)
+            return y
+        target = y if packed_columns(y) else empty(shape)
+        a, b = _readable(a), _readable(b)
+        self._batches(np.broadcast_to(a, (*batch, m, k)), np.broadcast_to(b, (*batch, k, n)), target)
+        if target is not y:
+            y[...] = target
+        return y
+
+    def _in_numpy(self, a: Array, b: Array, y: Array) -> None:
+        with np.errstate(all="ignore"):
+            total = np.matmul(a, b, dtype=np.float64) * np.float64(self._scale[0])
+            if self.spec.activation is not None:
+                total = ACTIVATIONS[self.spec.activation].reference(total, *self.spec.parameters)
+            y[...] = total
+
+    def _batches(self, a: Array, b: Array, y: Array) -> None:
+        """One native call per run of matrices a fixed distance apart."""
+        while a.ndim > 3 and all(_mergeable(array) for array in (a, b, y)):
+            a, b, y = (_merged(array) for array in (a, b, y))
+        if a.ndim > 3:
+            for index in range(a.shape[0]):
+                self._batches(a[index], b[index], y[index])
+            return
+        if a.ndim == 2:
+            a, b, y = a[None], b[None], y[None]
+        self._native(a, b, y)
+
+    def _native(self, a: Array, b: Array, y: Array) -> None:
+        key = (a.shape, b.shape[2], a.strides, b.strides, y.strides)
+        found = self._frames.get(key)
+        if found is None:
+            if len(self._frames) >= _SHAPES:
+                self._frames.clear()
+            found = self._frames[key] = (self._code(a, b), [])
+        code, free = found
+        try:
+            made = free.pop()
+        except IndexError:
+            made = self._frame(code, a, b, y)
+        made.point(address_of(a), address_of(b), address_of(y), 0)
+        code.executable.call(made.address)
+        free.append(made)
+
+    def _code(self, a: Array, b: Array) -> Code:
+        s = self.spec
+        form = Form("rows" if packed_columns(a) else "columns", "rows" if packed_columns(b) else "transposed",
+                    activation=s.activation, parameters=s.parameters, scale=s.scale != 1)  # fmt: skip
+        return code_of(form, self._target)
+
+    def _frame(self, code: Code, a: Array, b: Array, y: Array) -> Frame:
+        (batch, m, k), n = a.shape, b.shape[2]
+        fold = fold_width(k, k)
+        made = frame(code, Extents(
+            batch, m, n, k, a.strides[1 if code.form.a == "rows" else 2], b.strides[1 if code.form.b == "rows" else 2],
+            y.strides[1], 0, a.strides[0], b.strides[0], y.strides[0],
+        ), choose(k, fold, self._target, VECTORS * self._target.tile_bytes))  # fmt: skip
+        made.slots[Slot.BIAS] = address_of(self._scale)
+        return made
+
+
+def _readable(array: Array) -> Array:
+    """The array itself where rows or columns lie back to back, else a copy.
+
+    Transposed operands are read four columns at a time: narrower ones are copied.
+    """
+    if packed_columns(array) or (array.strides[-2] == 4 and array.shape[-1] >= 4):
+        return array
+    return np.ascontiguousarray(array)
+
+
+def _mergeable(array: Array) -> bool:
+    return 1 in array.shape[:2] or array.strides[0] == array.shape[1] * array.strides[1]
+
+
+def _merged(array: Array) -> Array:
+    """The first two axes, which lie back to back, as one; never a copy."""
+    outer, inner = array.shape[:2]
+    stride = array.strides[1 if inner > 1 else 0]
+    return np.lib.stride_tricks.as_strided(
+        array, (outer * inner, *array.shape[2:]), (stride, *array.strides[2:]), writeable=array.flags.writeable
+    )
