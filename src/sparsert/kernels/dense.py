@@ -5,9 +5,7 @@ there is a micro-kernel, which keeps the block's rows by two vectors of columns 
 
     for matrix of the batch:
         for block of K:                  # C carries the sums; panels of B stay in the second-level cache
-            for panel of columns:        # two vectors wide; the first block of rows packs it beside its multiply-adds
-                for block of rows:       # as equal as can be, one micro-kernel call each
-
+    XX
 Elements of A are broadcast, B is loaded by vectors. Every output sums its products by rising k into one running sum,
 which begins with the bias, or else with its first product: blocks change no bit. Sums of more than
 :data:`~.plan.FOLD_TAPS` products are formed in pieces, as in the sparse form.
@@ -59,6 +57,14 @@ class Slot(IntEnum):
     C_PANEL = auto()
     R_PANEL = auto()
     BIAS_PANEL = auto()
+    B_GROUP = auto()  # from group to group of panels
+    C_GROUP = auto()
+    R_GROUP = auto()
+    BIAS_GROUP = auto()
+    B_TAIL = auto()  # from the first panel to the last one, if that is narrower
+    C_TAIL = auto()
+    R_TAIL = auto()
+    BIAS_TAIL = auto()
     A_LARGE = auto()  # from block to block of rows: the larger blocks come first, the others have a row less
     C_LARGE = auto()
     R_LARGE = auto()
@@ -69,7 +75,10 @@ class Slot(IntEnum):
     BIAS_SMALL = auto()
     BATCH = auto()  # how many matrices,
     K_BLOCKS = auto()  # blocks of K but the last,
-    PANELS = auto()  # whole panels,
+    GROUPS = auto()  # groups of whole panels,
+    GROUP = auto()  # panels in each, and in the last
+    LAST_GROUP = auto()
+    ONE_PANEL = auto()
     LARGE = auto()  # blocks of rows of either size
     SMALL = auto()
     SKIP_LARGE = auto()  # how many rows they have less than the largest micro-kernel
@@ -82,7 +91,11 @@ class Slot(IntEnum):
     NEXT = auto()  # how blocks of K after the first begin: 1 with the sums of C, 2 anew, to be added to those
     PACK = auto()  # whether whole panels are packed, and the last one
     PACK_TAIL = auto()
-    PANEL = auto()  # scratch for a panel
+    PANEL = auto()  # scratch for the panels of a group, and from one to the next
+    PANEL_STEP = auto()
+    COPY_A = auto()  # rows of A that are copied to scratch first, 0 for none; how; the vectors of k to copy
+    A_SOURCE = auto()  # pitch there
+    A_COPY = auto()  # scratch; A_PITCH is its pitch then
     MASK = auto()  # address of a mask: the columns of the last vector
     K_GROUPS = auto()  # packing of a transposed B: whole vectors of k in a block, and how many steps are left over
     LAST_K_GROUPS = auto()
@@ -99,9 +112,10 @@ class Slot(IntEnum):
     ONE = auto()
     MATRICES_LEFT = auto()  # from here on: variables of the kernel
     K_LEFT = auto()
+    GROUPS_LEFT = auto()
+    PANELS_NOW = auto()
     PANELS_LEFT = auto()
     ROWS_LEFT = auto()
-    GROUPS_LEFT = auto()
     A_MATRIX = auto()  # where the current matrix begins,
     B_MATRIX = auto()
     C_MATRIX = auto()
@@ -112,12 +126,20 @@ class Slot(IntEnum):
     C_HERE = auto()
     R_HERE = auto()
     BIAS_HERE = auto()
-    A_AT = auto()  # and the block of rows
+    A_FROM = auto()  # the block of rows
+    C_ROWS = auto()
+    R_ROWS = auto()
+    BIAS_ROWS = auto()
+    A_AT = auto()  # and what the micro-kernel works on
     B_AT = auto()
     C_AT = auto()
     R_AT = auto()
     BIAS_AT = auto()
     B_STEP = auto()
+    B_NEXT = auto()
+    B_ACROSS = auto()
+    PANEL_AT = auto()
+    IN_TAIL = auto()
     NOW_TURNS = auto()
     NOW_REST = auto()
     NOW_GROUPS = auto()
@@ -328,66 +350,130 @@ class _Program:
         self.unless(Slot.FINAL, block)
 
     def _panels(self, pack: dict[int, int]) -> None:
-        """All panels of columns, for one block of K."""
+        """All panels of columns, for one block of K: groups of whole ones, then the last one if it is narrower."""
         b = self.b
-        self.copy((Slot.B_HERE, Slot.B_BLOCK), (Slot.C_HERE, Slot.C_MATRIX), (Slot.R_HERE, Slot.R_MATRIX),
-                  (Slot.BIAS_HERE, Slot.BIAS), (Slot.PANELS_LEFT, Slot.PANELS))  # fmt: skip
-        tail, panel, end = b.label("last panel"), b.label("panel of columns"), b.label()
-        self.unless(Slot.PANELS_LEFT, tail)
-        b.place(panel)
+        if self.form.a == "rows":
+            self._copy_a()
+        here = ("B_HERE", "C_HERE", "R_HERE", "BIAS_HERE")
+        start = (Slot.B_BLOCK, Slot.C_MATRIX, Slot.R_MATRIX, Slot.BIAS)
+        self.copy(*zip((Slot[name] for name in here), start, strict=True), (Slot.GROUPS_LEFT, Slot.GROUPS),
+                  (Slot.IN_TAIL, Slot.ZERO))  # fmt: skip
+        tail, group, whole, end = b.label("last panel"), b.label("group of panels"), b.label(), b.label()
+        self.unless(Slot.GROUPS_LEFT, tail)
+        b.place(group)
+        self.copy((Slot.PANELS_NOW, Slot.GROUP))
+        self.get(S.T, Slot.GROUPS_LEFT)
+        b.emit("s_addi", d=S.T, disp=-1)
+        last = b.label()
+        b.emit("jump_zero", a=S.T, disp=last)
+        b.emit("jump", disp=whole)
+        b.place(last)
+        self.copy((Slot.PANELS_NOW, Slot.LAST_GROUP))
+        b.place(whole)
         self._rows(VECTORS, False, Slot.PACK, pack)
-        self.advance((Slot.B_HERE, Slot.B_PANEL), (Slot.C_HERE, Slot.C_PANEL), (Slot.R_HERE, Slot.R_PANEL),
-                     (Slot.BIAS_HERE, Slot.BIAS_PANEL))  # fmt: skip
-        self.repeat(Slot.PANELS_LEFT, panel)
+        self.advance(*((Slot[name], Slot[name.replace("HERE", "GROUP")]) for name in here))
+        self.repeat(Slot.GROUPS_LEFT, group)
         b.place(tail)
-        self.get(S.T, Slot.TAIL)
+        self.copy(*zip((Slot[name] for name in here), start, strict=True), (Slot.PANELS_NOW, Slot.ONE_PANEL),
+                  (Slot.IN_TAIL, Slot.ONE_PANEL))  # fmt: skip
+        self.advance(*((Slot[name], Slot[name.replace("HERE", "TAIL")]) for name in here))
         for vectors, masked in _PANELS[1:]:
-            b.emit("jump_zero", a=S.T, disp=end)
-            other = b.label()
-            b.emit("s_addi", d=S.T, disp=-1)
-            b.emit("s_mov", d=S.TMP, a=S.T)
-            if vectors < VECTORS:
-                taken = b.label()
-                b.emit("jump_zero", a=S.TMP, disp=taken)
-                b.emit("jump", disp=other)
-                b.place(taken)
+            other, taken = b.label(), b.label()
+            self.get(S.T, Slot.TAIL)
+            b.emit("s_addi", d=S.T, disp=-vectors)
+            b.emit("jump_zero", a=S.T, disp=taken)
+            b.emit("jump", disp=other)
+            b.place(taken)
             self._rows(vectors, masked, Slot.PACK_TAIL, pack)
             b.emit("jump", disp=end)
             b.place(other)
         b.place(end)
 
     def _rows(self, vectors: int, masked: bool, packs: Slot, pack: dict[int, int]) -> None:
-        """All blocks of rows, for one panel of columns."""
-        b = self.b
+        """All blocks of rows, for a group of panels of columns."""
+        b, width = self.b, vectors * self.tile
         if self.packs_first:
+            again = b.label("pack a panel of B")
+            self.copy((Slot.B_NEXT, Slot.B_HERE), (Slot.PANEL_AT, Slot.PANEL), (Slot.PANELS_LEFT, Slot.PANELS_NOW))
+            b.place(again)
             b.emit("call", disp=pack[vectors])
-            self.copy((Slot.B_AT, Slot.PANEL))
-            b.emit("s_set", d=S.TMP, disp=vectors * self.tile)
-            self.put(S.TMP, Slot.B_STEP)
+            self.advance((Slot.B_NEXT, Slot.B_PANEL), (Slot.PANEL_AT, Slot.PANEL_STEP))
+            self.repeat(Slot.PANELS_LEFT, again)
+            self._packed(width)
         else:
-            self.copy((Slot.B_AT, Slot.B_HERE), (Slot.B_STEP, Slot.B_PITCH), (Slot.PACKING, packs))
-        self.copy((Slot.A_AT, Slot.A_BLOCK), (Slot.C_AT, Slot.C_HERE), (Slot.R_AT, Slot.R_HERE),
-                  (Slot.BIAS_AT, Slot.BIAS_HERE))  # fmt: skip
+            self.copy((Slot.B_NEXT, Slot.B_HERE), (Slot.B_STEP, Slot.B_PITCH),
+                      (Slot.B_ACROSS, Slot.B_PANEL), (Slot.PACKING, packs))  # fmt: skip
+        self.copy((Slot.A_AT, Slot.A_FROM if self.form.a == "rows" else Slot.A_BLOCK), (Slot.C_ROWS, Slot.C_HERE), (Slot.R_ROWS, Slot.R_HERE),
+                  (Slot.BIAS_ROWS, Slot.BIAS_HERE))  # fmt: skip
         for size in ("LARGE", "SMALL"):
-            over, again, plain, after = b.label(), b.label(f"{size.lower()} blocks of rows"), b.label(), b.label()
+            over, rows = b.label(), b.label(f"{size.lower()} blocks of rows")
             self.unless(Slot[size], over)
             self.copy((Slot.ROWS_LEFT, Slot[size]))
-            b.place(again)
+            b.place(rows)
+            self.copy((Slot.B_AT, Slot.B_NEXT), (Slot.C_AT, Slot.C_ROWS), (Slot.R_AT, Slot.R_ROWS),
+                      (Slot.BIAS_AT, Slot.BIAS_ROWS), (Slot.PANELS_LEFT, Slot.PANELS_NOW))  # fmt: skip
+            plain, after = b.label(), b.label()
+            across = ((Slot.C_AT, Slot.C_PANEL), (Slot.R_AT, Slot.R_PANEL), (Slot.BIAS_AT, Slot.BIAS_PANEL))
             if not self.packs_first:
+                again = b.label()
                 self.unless(Slot.PACKING, plain)
+                self.copy((Slot.PANEL_AT, Slot.PANEL))
+                b.place(again)
                 self.get(S.TMP, Slot[f"SKIP_{size}"])
                 b.emit("call", disp=self.choose[vectors, masked, True])
-                self.copy((Slot.PACKING, Slot.ZERO), (Slot.B_AT, Slot.PANEL))
-                b.emit("s_set", d=S.TMP, disp=vectors * self.tile)
-                self.put(S.TMP, Slot.B_STEP)
+                self.advance((Slot.B_AT, Slot.B_PANEL), (Slot.PANEL_AT, Slot.PANEL_STEP), *across)
+                self.repeat(Slot.PANELS_LEFT, again)
+                self.copy((Slot.PACKING, Slot.ZERO))
+                self._packed(width)
                 b.emit("jump", disp=after)
             b.place(plain)
             self.get(S.TMP, Slot[f"SKIP_{size}"])
             b.emit("call", disp=self.choose[vectors, masked, False])
+            self.advance((Slot.B_AT, Slot.B_ACROSS), *across)
+            self.repeat(Slot.PANELS_LEFT, plain)
             b.place(after)
-            self.advance(*((Slot[f"{name}_AT"], Slot[f"{name}_{size}"]) for name in ("A", "C", "R", "BIAS")))
-            self.repeat(Slot.ROWS_LEFT, again)
+            self.advance((Slot.A_AT, Slot[f"A_{size}"]), *((Slot[f"{name}_ROWS"], Slot[f"{name}_{size}"])
+                                                           for name in ("C", "R", "BIAS")))  # fmt: skip
+            self.repeat(Slot.ROWS_LEFT, rows)
             b.place(over)
+
+    def _packed(self, width: int) -> None:
+        """From now on B is read from its panels."""
+        self.copy((Slot.B_NEXT, Slot.PANEL), (Slot.B_ACROSS, Slot.PANEL_STEP))
+        self.b.emit("s_set", d=S.TMP, disp=width)
+        self.put(S.TMP, Slot.B_STEP)
+
+    def _copy_a(self) -> None:
+        """The rows of A to scratch, where its own pitch would put them all into the same few sets of a cache."""
+        b = self.b
+        done, line, turn, rest, next_line = (b.label(note) for note in ("", "copy A", "", "", ""))
+        self.copy((Slot.A_FROM, Slot.A_BLOCK))
+        self.unless(Slot.COPY_A, done)
+        self.copy((Slot.ROWS_LEFT, Slot.COPY_A), (Slot.A_FROM, Slot.A_COPY))
+        self.get(S.CONST, Slot.A_BLOCK)
+        self.get(S.PANEL, Slot.A_COPY)
+        self.get(S.TMP, Slot.NOW_K_MASK)
+        b.emit("set_mask", ptr=S.TMP)
+        b.place(line)
+        b.emit("s_mov", d=S.X, a=S.CONST)
+        b.emit("s_mov", d=S.Y, a=S.PANEL)
+        self.get(S.T, Slot.NOW_GROUPS)
+        b.emit("jump_zero", a=S.T, disp=rest)
+        b.place(turn)
+        b.emit("load", d=0, ptr=S.X)
+        b.emit("store", a=0, ptr=S.Y)
+        b.emit("s_addi", d=S.X, disp=self.tile)
+        b.emit("s_addi", d=S.Y, disp=self.tile)
+        b.emit("loop", a=S.T, disp=turn)
+        b.place(rest)
+        self.unless(Slot.NOW_K_TAIL, next_line)
+        b.emit("load_mask", d=0, ptr=S.X)
+        b.emit("store_mask", a=0, ptr=S.Y)
+        b.place(next_line)
+        b.emit("s_add_arg", d=S.CONST, disp=Slot.A_SOURCE.byte)
+        b.emit("s_add_arg", d=S.PANEL, disp=Slot.A_PITCH.byte)
+        self.repeat(Slot.ROWS_LEFT, line)
+        b.place(done)
 
     # ---- the micro-kernel ------------------------------------------------------------------------------------------
     def _kernel(self, shape: _Shape) -> None:
@@ -403,7 +489,7 @@ class _Program:
         else:
             b.emit("s_mov", d=S.X, a=S.Y)
         if shape.packs:
-            self.get(S.PANEL, Slot.PANEL)
+            self.get(S.PANEL, Slot.PANEL_AT)
         for steps, count in ((UNROLL, Slot.NOW_TURNS), (1, Slot.NOW_REST)):
             over, turn = b.label(), b.label()
             self.get(S.K, count)
@@ -545,16 +631,12 @@ class _Program:
             b.emit("s_muli", d=register, a=S.PX, disp=factor)
         self.get(S.TMP, Slot.NOW_K_MASK)
         b.emit("set_mask", ptr=S.TMP)
-        self.get(S.CONST, Slot.B_HERE)  # the four rows of B,
-        self.get(S.PANEL, Slot.PANEL)  # and their place in the panel
+        self.get(S.CONST, Slot.B_NEXT)  # the four rows of B,
+        self.get(S.PANEL, Slot.PANEL_AT)  # and their place in the panel
         quad, last, end = b.label(), b.label(), b.label()
-        if vectors == VECTORS:  # or it is the last panel
+        if vectors == VECTORS:  # a whole panel, or the last one
             b.emit("s_set", d=S.K, disp=VECTORS * self.target.lanes // 4)
-            self.get(S.TMP, Slot.PANELS_LEFT)
-            whole = b.label()
-            b.emit("jump_zero", a=S.TMP, disp=whole)
-            b.emit("jump", disp=quad)
-            b.place(whole)
+            self.unless(Slot.IN_TAIL, quad)
         self.get(S.K, Slot.QUADS)
         b.emit("jump_zero", a=S.K, disp=last)
         b.place(quad)
@@ -562,10 +644,8 @@ class _Program:
         for register, step in ((S.CONST, Slot.QUAD_PITCH), (S.PANEL, Slot.SIXTEEN)):
             b.emit("s_add_arg", d=register, disp=step.byte)
         b.emit("loop", a=S.K, disp=quad)
-        self.get(S.TMP, Slot.PANELS_LEFT)
-        b.emit("jump_zero", a=S.TMP, disp=last)
-        b.emit("jump", disp=end)
         b.place(last)
+        self.unless(Slot.IN_TAIL, end)
         self.unless(Slot.OVERLAP, end)
         b.emit("s_add_arg", d=S.PANEL, disp=Slot.OVERLAP.byte)
         b.emit("s_add_arg", d=S.CONST, disp=Slot.OVERLAP_PITCH.byte)

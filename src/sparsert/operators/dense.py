@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -16,7 +16,7 @@ from ..kernels.dense import UNROLL, VECTORS, Form, Slot, generate
 from ..kernels.plan import fold_width
 from ..runtime.cpu import Executable, Frame, address_of
 from ..runtime.memory import aligned_empty
-from ..schedule.dense import DenseSchedule, choose
+from ..schedule.dense import DenseSchedule, choose, conflicts
 from ..schedule.task import Task
 from ..sparsity.pattern import SparseMatrix
 from ..target import Target
@@ -84,42 +84,51 @@ def frame(code: Code, e: Extents, schedule: DenseSchedule) -> Frame:
     kc = min(schedule.k_block, e.k)
     last = e.k - (-(-e.k // kc) - 1) * kc
     panels, rest = divmod(e.n, width)
+    groups = -(-panels // schedule.panels)
+    group = -(-panels // groups) if groups else 0
     large, small, size = blocks_of_rows(e.m, code.rows)
-    result = Frame(len(Slot), 3 * lanes + 16 + (kc + lanes) * width)
+    transposed, rows, packed = form.b == "transposed", form.a == "rows", e.panel > 0
+    copied = rows and (schedule.copy or conflicts(e.a_pitch, size, code.target)) and e.n > width
+    a_pitch = (-(-kc * 4 // 128) * 128 + 64) if copied else e.a_pitch  # an odd number of lines
+    panel_bytes = 4 * width * kc
+    scratch = 0 if packed else max(group, 1) * kc * width + lanes * width
+    result = Frame(len(Slot), 4 * lanes + scratch + (e.m * a_pitch // 4 if copied else 0))
     s, at = result.slots, address_of(result.scratch)
     masks = result.scratch[: 3 * lanes].view(np.int32).reshape(3, lanes)
     for mask, count in zip(masks, ((e.n - 1) % lanes + 1, kc % lanes, last % lanes), strict=True):
         mask[:] = np.where(np.arange(lanes) < count, -1, 0)
-    rows, by_rows = form.a == "rows", form.bias == "rows"
     for n, slot in zip((1, 3, 5, 7), (Slot.A_PITCH, Slot.A_PITCH3, Slot.A_PITCH5, Slot.A_PITCH7), strict=True):
-        s[slot] = n * e.a_pitch
-    transposed = form.b == "transposed"
+        s[slot] = n * a_pitch
     overlap = -rest % 4 if rest % 4 else 0
-    packed = e.panel > 0
+    across = {
+        "B": e.panel or (width * e.b_pitch if transposed else 4 * width), "C": 4 * width, "R": 4 * width,
+        "BIAS": 4 * width if form.bias == "columns" else 0,
+    }  # fmt: skip
+    for name, step in across.items():
+        s[Slot[f"{name}_PANEL"]], s[Slot[f"{name}_GROUP"]], s[Slot[f"{name}_TAIL"]] = step, group * step, panels * step
     values = {
         Slot.B_PITCH: e.b_pitch, Slot.C_PITCH: e.c_pitch, Slot.R_PITCH: e.r_pitch,
         Slot.A_BATCH: e.a_batch, Slot.B_BATCH: e.b_batch, Slot.C_BATCH: e.c_batch, Slot.R_BATCH: e.r_batch,
         Slot.A_K: kc * 4 if rows else kc * e.a_pitch, Slot.B_K: kc * (4 if transposed else e.b_pitch),
-        Slot.B_PANEL: e.panel or (width * e.b_pitch if transposed else VECTORS * tile),
-        Slot.C_PANEL: VECTORS * tile, Slot.R_PANEL: VECTORS * tile,
-        Slot.BIAS_PANEL: VECTORS * tile if form.bias == "columns" else 0,
-        Slot.BATCH: e.batch, Slot.K_BLOCKS: -(-e.k // kc) - 1, Slot.PANELS: panels, Slot.TAIL: -(-rest // lanes),
+        Slot.BATCH: e.batch, Slot.K_BLOCKS: -(-e.k // kc) - 1, Slot.TAIL: -(-rest // lanes),
+        Slot.GROUPS: groups, Slot.GROUP: group, Slot.LAST_GROUP: panels - (groups - 1) * group, Slot.ONE_PANEL: 1,
         Slot.LARGE: large, Slot.SMALL: small, Slot.SKIP_LARGE: code.rows - size, Slot.SKIP_SMALL: code.rows - size + 1,
-        Slot.TURNS: kc // UNROLL, Slot.REST: kc % UNROLL, Slot.LAST_TURNS: last // UNROLL, Slot.LAST_REST: last % UNROLL,
-        Slot.NEXT: 2 if schedule.anew else 1,
+        Slot.TURNS: kc // UNROLL, Slot.REST: kc % UNROLL,
+        Slot.LAST_TURNS: last // UNROLL, Slot.LAST_REST: last % UNROLL, Slot.NEXT: 2 if schedule.anew else 1,
         Slot.PACK: int(not packed and large + small > 1), Slot.PACK_TAIL: int(not packed),
-        Slot.PANEL: at + 12 * lanes + 64, Slot.MASK: at,
-        Slot.K_GROUPS: kc // lanes, Slot.LAST_K_GROUPS: last // lanes,
-        Slot.K_TAIL: kc % lanes, Slot.LAST_K_TAIL: last % lanes, Slot.K_MASK: at + tile, Slot.LAST_K_MASK: at + 2 * tile,
+        Slot.PANEL: at + 4 * tile, Slot.PANEL_STEP: panel_bytes, Slot.MASK: at,  # the fourth vector: note in pack
+        Slot.COPY_A: e.m if copied else 0, Slot.A_SOURCE: e.a_pitch, Slot.A_COPY: at + 4 * tile + 4 * scratch,
+        Slot.K_GROUPS: kc // lanes, Slot.LAST_K_GROUPS: last // lanes, Slot.K_TAIL: kc % lanes,
+        Slot.LAST_K_TAIL: last % lanes, Slot.K_MASK: at + tile, Slot.LAST_K_MASK: at + 2 * tile,
         Slot.QUADS: rest // 4, Slot.OVERLAP: -4 * overlap, Slot.OVERLAP_PITCH: -overlap * e.b_pitch,
         Slot.QUAD_PITCH: 4 * e.b_pitch, Slot.SIXTEEN: 16, Slot.ONE: 1,
     }  # fmt: skip
     for slot, value in values.items():
         s[slot] = value
     for name, count in (("LARGE", size), ("SMALL", size - 1)):
-        s[Slot[f"A_{name}"]] = e.a_block or count * (e.a_pitch if rows else 4)
+        s[Slot[f"A_{name}"]] = e.a_block or count * (a_pitch if rows else 4)
         s[Slot[f"C_{name}"]], s[Slot[f"R_{name}"]] = count * e.c_pitch, count * e.r_pitch
-        s[Slot[f"BIAS_{name}"]] = 4 * count if by_rows else 0
+        s[Slot[f"BIAS_{name}"]] = 4 * count if form.bias == "rows" else 0
     return result
 
 
@@ -209,7 +218,7 @@ class DenseProduct:
             extents = Extents(1, columns, m, k, x_pitch, pitch, y_pitch, r_pitch, panel=block)
         else:
             extents = Extents(1, m, columns, k, pitch, x_pitch, y_pitch, r_pitch, a_block=block)
-        schedule = DenseSchedule(k) if same else self.schedule  # y must not be written before r is read
+        schedule = replace(self.schedule, k_block=k) if same else self.schedule  # y must not be written before r is read
         code, bias = self.code, self._bias  # not self: a binding does not keep its product
 
         def make() -> Frame:
