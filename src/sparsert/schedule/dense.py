@@ -10,6 +10,7 @@ from ..target import Target
 
 _LEAST_K = 512  # steps of a block of K: shorter ones load and store sums too often
 _SHARE = 2  # a group of panels, or a single one, takes at most this part of the second-level cache
+_PANELS = 8  # ... and more of them are no faster
 _LINE, _WAYS = 64, 8
 
 
@@ -46,9 +47,9 @@ def choose(k: int, fold: int, target: Target, width: int) -> DenseSchedule:
     """
     room = target.l2 // _SHARE // width
     if fold:
-        return DenseSchedule(fold, max(1, room // fold), anew=True)
+        return DenseSchedule(fold, max(1, min(_PANELS, room // fold)), anew=True)
     k_block = max(1, -(-k // -(-k // max(_LEAST_K, room)))) if k else 1
-    return DenseSchedule(k_block, max(1, room // k_block))
+    return DenseSchedule(k_block, max(1, min(_PANELS, room // k_block)))
 
 
 def conflicts(pitch: int, rows: int, target: Target) -> bool:
