@@ -13,10 +13,11 @@ from ..codegen.x86.assemble import assemble, listing
 from ..errors import AliasError, InternalError, ShapeError
 from ..kernels.activations import ACTIVATIONS
 from ..kernels.dense import UNROLL, VECTORS, Form, Slot, generate
+from ..kernels.layout import TransposeArg, transpose_slots, transposition
 from ..kernels.plan import fold_width
 from ..runtime.cpu import Executable, Frame, address_of
 from ..runtime.memory import aligned_empty
-from ..schedule.dense import DenseSchedule, choose, conflicts
+from ..schedule.dense import DenseSchedule, choose, conflicts, turns
 from ..schedule.task import Task
 from ..sparsity.pattern import SparseMatrix
 from ..target import Target
@@ -154,11 +155,38 @@ def pack_panels(weight: Array, lanes: int) -> tuple[Array, int, int]:
     return out, 4 * width, 4 * k * width
 
 
+@lru_cache(8)
+def transposer_of(target: Target) -> Executable:
+    """Code that transposes an array."""
+    return Executable(assemble(transposition(target), target.isa).code)
+
+
+class Packed:
+    """W in the arrangements that bindings ask for, each made when it is first asked for."""
+
+    def __init__(self, task: Task, values: Array, rows: int, lanes: int) -> None:
+        self.task, self.values, self.rows, self.lanes = task, values, rows, lanes
+        self.made: dict[bool, tuple[Array, int, int, int]] = {}  # array, address, pitch, bytes of a block or panel
+
+    def get(self, panels: bool) -> tuple[Array, int, int, int]:
+        """As panels of columns, or as blocks of rows."""
+        found = self.made.get(panels)
+        if found is None:
+            weight = SparseMatrix(self.task.pattern, self.values).to_dense()
+            array, pitch, step = pack_panels(weight, self.lanes) if panels else pack_rows(weight, self.rows)
+            aligned = aligned_empty(array.size)
+            aligned[:] = array.reshape(-1)
+            found = self.made[panels] = aligned, address_of(aligned), pitch, step
+        return found
+
+
 class DenseProduct:
     """The looped form with a constant W behind a compiled operator: the same contract as the sparse product.
 
-    Row-major x is the B of the product, packed on the way; in linear layers it is the A, read where it lies. Any number
-    of threads may call at once.
+    Three ways: linear layers read x, the first operand, where it lies, against panels of W. Row-major x is the second
+    operand, packed on the way; where its columns would leave much of their last vector empty, the transposed product is
+    computed instead, in which rows of W fill the vectors, and transposed back. All give the same bits. Any number of
+    threads may call at once.
     """
 
     narrowest = 1
@@ -166,33 +194,28 @@ class DenseProduct:
     def __init__(self, task: Task, target: Target) -> None:
         self.task, self.target = task, target
         self.linear = task.layout == "transposed"
-        self.form = Form(
-            "rows" if self.linear else "columns", bias=("columns" if self.linear else "rows") if task.bias else None,
-            activation=task.activation, parameters=task.parameters, residual=task.residual,
-        )  # fmt: skip
+        self.form = self._form("rows" if self.linear else "columns", "columns" if self.linear else "rows")
         self.code = code_of(self.form, target)
         _, k = task.pattern.shape
         self.fold = fold_width(k, k)
         self.schedule = choose(k, self.fold, target, VECTORS * target.tile_bytes)
-        self.values: list[tuple[Array, int]] = [(aligned_empty(0), 0)]
-        self._layout = (0, 0)  # pitch, and bytes of a block or panel, of the packed values
+        self.values: list[Packed] = []
         self._bias: Array = aligned_empty(0)
         self._bindings: dict[tuple[int, ...], DenseBinding] = {}
 
+    def _form(self, a: str, bias: str) -> Form:
+        t = self.task
+        return Form(a, "rows", bias if t.bias else None, t.activation, t.parameters, t.residual)
+
     def load(self, values: Array, bias: Array | None) -> None:
         """Pack new values; calls under way keep the ones they started with."""
-        weight = SparseMatrix(self.task.pattern, values).to_dense()
-        if self.linear:
-            packed, *layout = pack_panels(weight, self.target.lanes)
-        else:
-            packed, *layout = pack_rows(weight, self.code.rows)
-        aligned = aligned_empty(packed.size)
-        aligned[:] = packed.reshape(-1)
+        packed = Packed(self.task, values, self.code.rows, self.target.lanes)
+        for panels in self.values[0].made if self.values else (self.linear,):
+            packed.get(panels)
         if bias is not None and not self._bias.size:
             self._bias = aligned_empty(bias.size)
             self._bias[:] = bias
-        self._layout = layout[0], layout[1]
-        self.values[0] = aligned, address_of(aligned)
+        self.values[:] = [packed]
 
     def bind(self, x: Array, y: Array, r: Array | None, columns: int) -> DenseBinding | None:
         """The binding for arrays like these; None where the residual has to be copied at each call."""
@@ -204,21 +227,19 @@ class DenseProduct:
         if binding is None:
             if len(self._bindings) >= _SHAPES:
                 self._bindings.clear()
-            binding = self._bindings[key] = DenseBinding(self, self._frames(*key))
+            m, _ = self.task.pattern.shape
+            turned = not self.linear and turns(m, columns, self.target.lanes)
+            binding = self._bindings[key] = (self._turned if turned else self._straight)(*key)
         return binding
 
-    def listing(self) -> str:
-        """The machine code as text, generated anew."""
-        return listing(generate(self.form, self.target).program, self.target.isa)
-
-    def _frames(self, columns: int, x_pitch: int, y_pitch: int, r_pitch: int, same: int) -> Callable[[], Frame]:
+    def _straight(self, columns: int, x_pitch: int, y_pitch: int, r_pitch: int, same: int) -> DenseBinding:
         m, k = self.task.pattern.shape
-        pitch, block = self._layout
+        _, _, pitch, step = self.values[0].get(self.linear)
         if self.linear:
-            extents = Extents(1, columns, m, k, x_pitch, pitch, y_pitch, r_pitch, panel=block)
+            extents = Extents(1, columns, m, k, x_pitch, pitch, y_pitch, r_pitch, panel=step)
         else:
-            extents = Extents(1, m, columns, k, pitch, x_pitch, y_pitch, r_pitch, a_block=block)
-        schedule = replace(self.schedule, k_block=k) if same else self.schedule  # y must not be written before r is read
+            extents = Extents(1, m, columns, k, pitch, x_pitch, y_pitch, r_pitch, a_block=step)
+        schedule = replace(self.schedule, k_block=k) if same else self.schedule  # y is not written before r is read
         code, bias = self.code, self._bias  # not self: a binding does not keep its product
 
         def make() -> Frame:
@@ -226,7 +247,25 @@ class DenseProduct:
             made.slots[Slot.BIAS] = address_of(bias)
             return made
 
-        return make
+        return DenseBinding(self, code, self.linear, self.linear, make)
+
+    def _turned(self, columns: int, x_pitch: int, y_pitch: int, r_pitch: int, same: int) -> DenseBinding:
+        m, k = self.task.pattern.shape
+        _, _, pitch, step = self.values[0].get(True)
+        code, bias, schedule = code_of(self._form("columns", "columns"), self.target), self._bias, self.schedule
+        extents = Extents(1, columns, m, k, x_pitch, pitch, 4 * m, 4 * m, panel=step)
+        lanes, residual = self.target.lanes, self.task.residual is not None
+
+        def make() -> TurnedFrame:
+            made = TurnedFrame(frame(code, extents, schedule), m, columns, y_pitch, r_pitch, lanes, residual)
+            made.main.slots[Slot.BIAS] = address_of(bias)
+            return made
+
+        return TurnedBinding(self, code, True, True, make)
+
+    def listing(self) -> str:
+        """The machine code as text, generated anew."""
+        return listing(generate(self.form, self.target).program, self.target.isa)
 
     def run(self, x: Array, y: Array, r: Array | None, columns: int) -> None:
         """One call; x, y and r as the task's layout says."""
@@ -238,32 +277,65 @@ class DenseProduct:
 
 
 class DenseBinding:
-    """The product for arrays of one shape and pitch."""
+    """The product for arrays of one shape and pitch. ``first``: x is the first operand; ``panels``: of W."""
 
-    __slots__ = ("bias", "call_native", "executable", "first", "free", "make", "values")
-
-    def __init__(self, product: DenseProduct, make: Callable[[], Frame]) -> None:
-        self.executable, self.values, self.make = product.code.executable, product.values, make
-        self.first = product.linear  # whether x is the first operand
-        self.free: list[Frame] = []
+    def __init__(
+        self, product: DenseProduct, code: Code, first: bool, panels: bool, make: Callable[[], Any]
+    ) -> None:
+        self.executable, self.values, self.make = code.executable, product.values, make
+        self.first, self.panels = first, panels
+        self.transpose = transposer_of(product.target).call
+        self.free: list[Any] = []
 
     def call(self, xa: int, ya: int, ra: int) -> None:
         """One call with x, y and the residual (0: none) at these addresses."""
         try:
-            frame = self.free.pop()
+            made = self.free.pop()
         except IndexError:
-            frame = self.make()
-        values, weights = self.values[0]  # held here: a refit meanwhile does not free what this call reads
-        a, b = (xa, weights) if self.first else (weights, xa)
-        frame.point(a, b, ya, ra)
-        self.executable.call(frame.address)
-        self.free.append(frame)
-        del values
+            made = self.make()
+        packed, weights, _, _ = self.values[0].get(self.panels)  # held here: a refit does not free what this call reads
+        self.execute(made, *((xa, weights) if self.first else (weights, xa)), ya, ra)
+        self.free.append(made)
+        del packed
+
+    def execute(self, made: Any, a: int, b: int, ya: int, ra: int) -> None:
+        """The native call."""
+        made.point(a, b, ya, ra)
+        self.executable.call(made.address)
 
     def fixed(self, xa: int, ya: int, ra: int) -> Callable[[], None]:
         """The call for arrays that stay where they are."""
         call = self.call
         return lambda: call(xa, ya, ra)
+
+
+class TurnedFrame:
+    """What a transposed product needs: its own frame, scratch for the transposed y and residual, and how to turn."""
+
+    def __init__(
+        self, main: Frame, m: int, columns: int, y_pitch: int, r_pitch: int, lanes: int, residual: bool
+    ) -> None:
+        self.main = main
+        size = m * columns
+        self.out = Frame(len(TransposeArg), size)
+        self.out.slots[2:] = transpose_slots(columns, m, 4 * m, y_pitch, lanes)
+        self.residual = Frame(len(TransposeArg), size if residual else 0)
+        if residual:
+            self.residual.slots[2:] = transpose_slots(m, columns, r_pitch, 4 * m, lanes)
+
+
+class TurnedBinding(DenseBinding):
+    """The transposed product, transposed back."""
+
+    def execute(self, made: TurnedFrame, a: int, b: int, ya: int, ra: int) -> None:
+        y, r = address_of(made.out.scratch), address_of(made.residual.scratch)
+        if ra:
+            made.residual.slots[:2] = ra, r
+            self.transpose(made.residual.address)
+        made.main.point(a, b, y, r)
+        self.executable.call(made.main.address)
+        made.out.slots[:2] = y, ya
+        self.transpose(made.out.address)
 
 
 @dataclass(frozen=True)
