@@ -78,6 +78,11 @@ def blocks_of_rows(m: int, most: int) -> tuple[int, int, int]:
     return large, count - large, size
 
 
+def spread_pitch(floats: int) -> int:
+    """The pitch in bytes of rows of so many floats that fall into different sets of a cache: an odd number of lines."""
+    return -(-4 * floats // 128) * 128 + 64
+
+
 def frame(code: Code, e: Extents, schedule: DenseSchedule) -> Frame:
     """An argument block and scratch for such arrays, all but the addresses filled in."""
     lanes, tile, form = code.target.lanes, code.target.tile_bytes, code.form
@@ -90,7 +95,7 @@ def frame(code: Code, e: Extents, schedule: DenseSchedule) -> Frame:
     large, small, size = blocks_of_rows(e.m, code.rows)
     transposed, rows, packed = form.b == "transposed", form.a == "rows", e.panel > 0
     copied = rows and (schedule.copy or conflicts(e.a_pitch, size, code.target)) and e.n > width
-    a_pitch = (-(-kc * 4 // 128) * 128 + 64) if copied else e.a_pitch  # an odd number of lines
+    a_pitch = spread_pitch(kc) if copied else e.a_pitch
     panel_bytes = 4 * width * kc
     scratch = 0 if packed else max(group, 1) * kc * width + lanes * width
     result = Frame(len(Slot), 4 * lanes + scratch + (e.m * a_pitch // 4 if copied else 0))
@@ -227,8 +232,7 @@ class DenseProduct:
         if binding is None:
             if len(self._bindings) >= _SHAPES:
                 self._bindings.clear()
-            m, _ = self.task.pattern.shape
-            turned = not self.linear and turns(m, columns, self.target.lanes)
+            turned = not self.linear and turns(self.task.pattern.rows, columns, self.task.pattern.cols, self.target.lanes)
             binding = self._bindings[key] = (self._turned if turned else self._straight)(*key)
         return binding
 
@@ -253,7 +257,7 @@ class DenseProduct:
         m, k = self.task.pattern.shape
         _, _, pitch, step = self.values[0].get(True)
         code, bias, schedule = code_of(self._form("columns", "columns"), self.target), self._bias, self.schedule
-        extents = Extents(1, columns, m, k, x_pitch, pitch, 4 * m, 4 * m, panel=step)
+        extents = Extents(1, columns, m, k, x_pitch, pitch, spread_pitch(m), spread_pitch(m), panel=step)
         lanes, residual = self.target.lanes, self.task.residual is not None
 
         def make() -> TurnedFrame:
@@ -316,12 +320,13 @@ class TurnedFrame:
         self, main: Frame, m: int, columns: int, y_pitch: int, r_pitch: int, lanes: int, residual: bool
     ) -> None:
         self.main = main
-        size = m * columns
+        pitch = spread_pitch(m)
+        size = columns * pitch // 4
         self.out = Frame(len(TransposeArg), size)
-        self.out.slots[2:] = transpose_slots(columns, m, 4 * m, y_pitch, lanes)
+        self.out.slots[2:] = transpose_slots(columns, m, pitch, y_pitch, lanes)
         self.residual = Frame(len(TransposeArg), size if residual else 0)
         if residual:
-            self.residual.slots[2:] = transpose_slots(m, columns, r_pitch, 4 * m, lanes)
+            self.residual.slots[2:] = transpose_slots(m, columns, r_pitch, pitch, lanes)
 
 
 class TurnedBinding(DenseBinding):

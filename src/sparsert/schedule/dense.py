@@ -11,7 +11,7 @@ from ..target import Target
 _LEAST_K = 512  # steps of a block of K: shorter ones load and store sums too often
 _SHARE = 2  # a group of panels, or a single one, takes at most this part of the second-level cache
 _PANELS = 8  # ... and more of them are no faster
-_TURNED = 1.03  # what the transposed product costs for each vector, with the transposition of its result
+_TURNING = 16  # steps of k that take as long as transposing a result
 _LINE, _WAYS = 64, 8
 
 
@@ -61,7 +61,7 @@ def conflicts(pitch: int, rows: int, target: Target) -> bool:
     return rows > _WAYS // 2 * (sets // gcd(pitch // _LINE, sets))
 
 
-def turns(m: int, columns: int, lanes: int) -> bool:
+def turns(m: int, columns: int, k: int, lanes: int) -> bool:
     """Whether y (m, columns) is better computed transposed: its rows then fill vectors that its columns would not.
 
     Transposing back costs little beside the product, but wants four columns and a vector of rows, at least, and of both
@@ -69,4 +69,4 @@ def turns(m: int, columns: int, lanes: int) -> bool:
     """
     if m < lanes or columns < lanes:
         return False
-    return columns * -(-m // lanes) * _TURNED < m * -(-columns // lanes)
+    return columns * -(-m // lanes) * (k + _TURNING) < m * -(-columns // lanes) * k
