@@ -12,6 +12,6 @@ from .schedule.schedule import Schedule
 
 __version__ = "0.1.0"
 __all__ = [
-    "Bound", "Clip", "CompiledLinear", "CompiledMatmul", "CompiledProduct", "Schedule", "SparseRTError", "__version__", "compile_linear",
-    "compile_matmul", "compile_product", "errors", "target",
+    "Bound", "Clip", "CompiledLinear", "CompiledMatmul", "CompiledProduct", "Schedule", "SparseRTError", "__version__",
+    "compile_linear", "compile_matmul", "compile_product", "errors", "target",
 ]  # fmt: skip

@@ -66,8 +66,8 @@ def compile_matmul(
     if not isinstance(layout, str) or layout not in LAYOUTS[:2]:
         raise UnsupportedError(f"unknown layout {layout!r}", where="layout", hint=f"Known: {', '.join(LAYOUTS[:2])}.")
     return _compile(
-        CompiledMatmul, weight, bias, activation, residual, precision, target, threads, layout, schedule, max_code_bytes,
-        form,
+        CompiledMatmul, weight, bias, activation, residual, precision, target, threads, layout, schedule,
+        max_code_bytes, form,
     )  # fmt: skip
 
 

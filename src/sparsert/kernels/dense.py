@@ -403,7 +403,8 @@ class _Program:
         else:
             self.copy((Slot.B_NEXT, Slot.B_HERE), (Slot.B_STEP, Slot.B_PITCH),
                       (Slot.B_ACROSS, Slot.B_PANEL), (Slot.PACKING, packs))  # fmt: skip
-        self.copy((Slot.A_AT, Slot.A_FROM if self.form.a == "rows" else Slot.A_BLOCK), (Slot.C_ROWS, Slot.C_HERE), (Slot.R_ROWS, Slot.R_HERE),
+        first = Slot.A_FROM if self.form.a == "rows" else Slot.A_BLOCK
+        self.copy((Slot.A_AT, first), (Slot.C_ROWS, Slot.C_HERE), (Slot.R_ROWS, Slot.R_HERE),
                   (Slot.BIAS_ROWS, Slot.BIAS_HERE))  # fmt: skip
         for size in ("LARGE", "SMALL"):
             over, rows = b.label(), b.label(f"{size.lower()} blocks of rows")

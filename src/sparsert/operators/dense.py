@@ -232,7 +232,9 @@ class DenseProduct:
         if binding is None:
             if len(self._bindings) >= _SHAPES:
                 self._bindings.clear()
-            turned = not self.linear and turns(self.task.pattern.rows, columns, self.task.pattern.cols, self.target.lanes)
+            turned = not self.linear and turns(
+                self.task.pattern.rows, columns, self.task.pattern.cols, self.target.lanes
+            )
             binding = self._bindings[key] = (self._turned if turned else self._straight)(*key)
         return binding
 
@@ -283,9 +285,7 @@ class DenseProduct:
 class DenseBinding:
     """The product for arrays of one shape and pitch. ``first``: x is the first operand; ``panels``: of W."""
 
-    def __init__(
-        self, product: DenseProduct, code: Code, first: bool, panels: bool, make: Callable[[], Any]
-    ) -> None:
+    def __init__(self, product: DenseProduct, code: Code, first: bool, panels: bool, make: Callable[[], Any]) -> None:
         self.executable, self.values, self.make = code.executable, product.values, make
         self.first, self.panels = first, panels
         self.transpose = transposer_of(product.target).call
@@ -404,8 +404,7 @@ class CompiledProduct:
             b = b.swapaxes(-1, -2)
         (m, k), (k2, n) = a.shape[-2:], b.shape[-2:]
         if k != k2:
-            raise ShapeError(f"a has {k} elements to multiply and b has {k2}: shapes {a.shape} and {b.shape} as (M, K) "
-                             f"and (K, N)", where="b", hint="transpose_a and transpose_b swap the last two axes.")  # fmt: skip
+            raise ShapeError(f"shapes {a.shape} and {b.shape}, as (M, K) and (K, N), differ in K", where="b", hint="transpose_a and transpose_b swap the last two axes.")  # fmt: skip
         try:
             batch = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
         except ValueError:
