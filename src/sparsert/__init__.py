@@ -6,8 +6,8 @@ from . import errors, target
 from .compiler import compile_linear, compile_matmul, compile_product
 from .errors import SparseRTError
 from .kernels.activations import Clip
-from .operators.dense import CompiledProduct
 from .operators.matmul import Bound, CompiledLinear, CompiledMatmul
+from .operators.product import CompiledProduct
 from .schedule.schedule import Schedule
 
 __version__ = "0.1.0"

@@ -12,9 +12,10 @@ from .codegen.x86.assemble import assemble, listing
 from .errors import CodeBudgetError, ScheduleError, ShapeError, UnsupportedError, ValueRangeError
 from .kernels import activations, matmul
 from .operators.arrays import Array, as_input
-from .operators.dense import CompiledProduct, DenseProduct, ProductSpec
+from .operators.dense import DenseProduct
 from .operators.matmul import Compiled, CompiledLinear, CompiledMatmul, Product, Stats
 from .operators.native import NativeProduct
+from .operators.product import CompiledProduct, ProductSpec
 from .operators.reference import ReferenceProduct
 from .runtime import host
 from .runtime.cpu import Executable

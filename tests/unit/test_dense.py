@@ -21,7 +21,8 @@ from sparsert.errors import (
     UnsupportedError,
     ValueRangeError,
 )  # fmt: skip
-from sparsert.kernels.dense import Form, Slot, generate
+from sparsert.kernels.dense import generate
+from sparsert.kernels.dense_arguments import Form, Slot
 from sparsert.kernels.plan import FOLD_TAPS
 from sparsert.operators.dense import (
     Extents,
