@@ -111,7 +111,7 @@ def attention(tokens: int, scores: bool, target: str) -> tuple[Calls, Calls, lis
         request.set_input_tensor(i, openvino.Tensor(array, shared_memory=True))
     ours = np.zeros_like(y)
     peers["openvino MatMul"] = lambda: request.infer(share_outputs=True)
-    return {"sparsert": lambda: op(a, b, ours)}, peers, [*keep, request, ours]
+    return {"sparsert": op.bind(a, b, ours)}, peers, [*keep, request, ours]
 
 
 def compare(ours: Calls, peers: Calls, flops: float, rounds: int) -> dict[str, Any]:

@@ -263,6 +263,10 @@ def test_products(target: str, transpose_a: bool, transpose_b: bool, rng: np.ran
         assert op(a, b, out=out) is out
         assert same_bits(out, y)
         assert (out.base[..., [0, n + 1, n + 2]] == 7).all()
+        step = op.bind(a, b, out)
+        out[...] = 0
+        assert step() is out
+        assert same_bits(out, y)
         assert same_bits(a, held[0])
         assert same_bits(b, held[1])
 
@@ -284,6 +288,7 @@ def test_empty_products(target: str, rng: np.random.Generator) -> None:
     assert op(np.ones((2, 0, 3), np.float32), np.ones((3, 4), np.float32)).shape == (2, 0, 4)
     assert op(np.ones((0, 2, 3), np.float32), np.ones((3, 4), np.float32)).shape == (0, 2, 4)
     assert (op(np.ones((2, 0), np.float32), np.ones((0, 4), np.float32)) == 0.5).all()
+    assert op.bind(np.ones((0, 3), np.float32), np.ones((3, 4), np.float32))().shape == (0, 4)
 
 
 @pytest.mark.parametrize("target", [*COMPILED, "reference"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from ..schedule.dense import choose
 from ..target import Target
 from .arrays import Array, as_input, as_output, empty, overlaps, packed_columns
 from .dense import SHAPES, Code, Extents, code_of, frame
+from .matmul import Bound
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,23 @@ class CompiledProduct:
         Raises:
             ShapeError, DTypeError, AliasError: see :mod:`sparsert.errors`; nothing is written then.
         """
+        return self._run(a, b, out)[0]
+
+    def bind(self, a: Any, b: Any, out: Any = None) -> Bound:
+        """The product tied to arrays, for loops, as :meth:`CompiledMatmul.bind`: nothing is checked later on."""
+        y, matrices = self._run(a, b, out)
+        if matrices is None:
+            return Bound(lambda: self(a, b, y), y, ())
+        steps = [self._fixed(*three) for three in matrices]
+
+        def run() -> None:
+            for step in steps:
+                step()
+
+        return Bound(steps[0] if len(steps) == 1 else run, y, (matrices, a, b))
+
+    def _run(self, a: Any, b: Any, out: Any) -> tuple[Array, list[tuple[Array, Array, Array]] | None]:
+        """One call with every check: the output, and the matrices of its native calls unless there were copies."""
         a, b = as_input(a, "a"), as_input(b, "b")
         for name, array in (("a", a), ("b", b)):
             if array.ndim < 2:
@@ -93,16 +112,19 @@ class CompiledProduct:
                 raise AliasError(f"out overlaps {name}, which is still read while out is written", where="out",
                                  hint="Pass another array.")  # fmt: skip
         if not y.size:
-            return y
+            return y, []
         if not k or self._target.isa == "reference":
             self._in_numpy(a, b, y)
-            return y
+            return y, None
         target = y if packed_columns(y) else empty(shape)
+        given = a, b
         a, b = _readable(a), _readable(b)
-        self._batches(np.broadcast_to(a, (*batch, m, k)), np.broadcast_to(b, (*batch, k, n)), target)
+        matrices = list(_matrices(np.broadcast_to(a, (*batch, m, k)), np.broadcast_to(b, (*batch, k, n)), target))
+        for three in matrices:
+            self._native(*three)
         if target is not y:
             y[...] = target
-        return y
+        return y, matrices if target is y and a is given[0] and b is given[1] else None
 
     def _in_numpy(self, a: Array, b: Array, y: Array) -> None:
         with np.errstate(all="ignore"):
@@ -110,18 +132,6 @@ class CompiledProduct:
             if self.spec.activation is not None:
                 total = ACTIVATIONS[self.spec.activation].reference(total, *self.spec.parameters)
             y[...] = total
-
-    def _batches(self, a: Array, b: Array, y: Array) -> None:
-        """One native call per run of matrices a fixed distance apart."""
-        while a.ndim > 3 and all(_mergeable(array) for array in (a, b, y)):
-            a, b, y = (_merged(array) for array in (a, b, y))
-        if a.ndim > 3:
-            for index in range(a.shape[0]):
-                self._batches(a[index], b[index], y[index])
-            return
-        if a.ndim == 2:
-            a, b, y = a[None], b[None], y[None]
-        self._native(a, b, y)
 
     def _native(self, a: Array, b: Array, y: Array) -> None:
         key = (a.shape, b.shape[2], a.strides, b.strides, y.strides)
@@ -139,6 +149,21 @@ class CompiledProduct:
         code.executable.call(made.address)
         free.append(made)
 
+    def _fixed(self, a: Array, b: Array, y: Array) -> Callable[[], None]:
+        """The native call on matrices that stay where they are. Threads that meet get frames of their own."""
+        code, free = self._code(a, b), list[Frame]()
+
+        def run() -> None:
+            try:
+                made = free.pop()
+            except IndexError:
+                made = self._frame(code, a, b, y)
+                made.point(address_of(a), address_of(b), address_of(y), 0)
+            code.executable.call(made.address)
+            free.append(made)
+
+        return run
+
     def _code(self, a: Array, b: Array) -> Code:
         s = self.spec
         form = Form("rows" if packed_columns(a) else "columns", "rows" if packed_columns(b) else "transposed",
@@ -154,6 +179,19 @@ class CompiledProduct:
         ), choose(k, fold, self._target, VECTORS * self._target.tile_bytes))  # fmt: skip
         made.slots[Slot.BIAS] = address_of(self._scale)
         return made
+
+
+def _matrices(a: Array, b: Array, y: Array) -> Iterator[tuple[Array, Array, Array]]:
+    """Runs of matrices a fixed distance apart, (batch, rows, columns) each: one native call."""
+    while a.ndim > 3 and all(_mergeable(array) for array in (a, b, y)):
+        a, b, y = (_merged(array) for array in (a, b, y))
+    if a.ndim > 3:
+        for index in range(a.shape[0]):
+            yield from _matrices(a[index], b[index], y[index])
+    elif a.ndim == 2:
+        yield a[None], b[None], y[None]
+    else:
+        yield a, b, y
 
 
 def _readable(array: Array) -> Array:
