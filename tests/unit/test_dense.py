@@ -134,6 +134,18 @@ def test_blocking_changes_no_bit(target: str, rng: np.random.Generator) -> None:
 
 
 @compiled
+def test_a_residual_in_place_under_blocks_of_k(target: str, rng: np.random.Generator) -> None:
+    """Sums are carried in y, which must not be written while it holds a residual still to be read."""
+    weight, x, r = full(rng, 20, 30), full(rng, 30, 64), full(rng, 20, 64)
+    op = sparsert.compile_matmul(weight, residual="after", target=target, form="dense")
+    want = op(x, residual=r)
+    op._compiled.product._bindings.clear()  # type: ignore[attr-defined]
+    op._compiled.product.schedule = DenseSchedule(7)  # type: ignore[attr-defined]
+    assert same_bits(op(x, out=np.empty_like(r), residual=r), want)
+    assert same_bits(op(x, out=r, residual=r), want)
+
+
+@compiled
 @pytest.mark.parametrize(
     ("form", "shape", "k_block"),
     [
