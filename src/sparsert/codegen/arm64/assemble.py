@@ -70,4 +70,4 @@ def instruction_text(name: str, fields: dict[str, int], label: int | None = None
     text = re.sub(r"<(\w+)>", operand, ROWS[name].text)
     if label is not None and name == "add_imm":
         text = re.sub(r"#\d+$", f":lo12:L{label}", text)
-    return re.sub(r", #0\]|, lsl #0$", lambda m: m[0][-1] if m[0].endswith("]") else "", text)
+    return re.sub(r", #0\](?!!)|, lsl #0$", lambda m: m[0][-1] if m[0].endswith("]") else "", text)

@@ -35,7 +35,10 @@ class Stream:
         self._parts: list[_Part] = []
 
     def put(self, name: str, rows: Ints, *operands: Value, label: Ints | None = None) -> None:
-        """The next instruction of ``rows``: operands in the order of the text, less the distance that ``label`` is."""
+        """The next instruction of ``rows``: operands in the order of the text, less the distance that ``label`` is.
+
+        A conditional branch is the last instruction of its row.
+        """
         if rows.size:
             slot = self.used[rows]
             self.used[rows] = slot + 1
