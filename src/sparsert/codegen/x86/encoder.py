@@ -215,12 +215,9 @@ def _memory_operand(
     if not simple or isinstance(disp, int) or not isinstance(base, int):
         return _memory_operand_general(f, unit, n)
     # Nearly always: [base + disp8].
-    scaled = disp >> unit.bit_length() - 1
-    plain = (scaled == scaled.astype(np.int8)) & (disp != 0)
-    if unit > 1:
-        plain &= disp & unit - 1 == 0
-    odd = np.flatnonzero(~plain)
-    scaled &= 0xFF
+    short = (disp >> unit.bit_length() - 1).astype(np.int8)
+    odd = np.flatnonzero((np.multiply(short, unit, dtype=np.int64) != disp) | (short == 0))
+    scaled = short.view(np.uint8).astype(np.int64)
     if not odd.size:
         return 0x40 | base & 7, scaled, 1, 0, base >> 3 & 1
     rest = disp[odd]
