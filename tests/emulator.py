@@ -1,18 +1,19 @@
 """AArch64 code without an AArch64 processor: Unicorn executes it on the memory of this process, where it lies.
 
-Only what a caller names is mapped; anything else is an error. The calling convention is checked on the way.
+Either the regions that a caller names may be accessed, to the byte, or whatever this process could access itself, guard
+pages thus not. The calling convention is checked on the way.
 """
 
 from __future__ import annotations
 
+import ctypes
 import mmap
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-from fuzz import guard
 
 MISSING = None if find_spec("unicorn") else "not installed: unicorn"
 _CODE, _STACK, _RETURN = 1 << 40, 1 << 41, 1 << 42
@@ -35,24 +36,37 @@ def _pages(regions: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     return runs
 
 
-def emulate(code: bytes, argument: int, regions: list[tuple[int, int]], exact: bool) -> None:
-    """Call ``code`` with ``argument`` in x0; ``regions`` are the (address, bytes) of this process it may access.
+def writable(address: int) -> bool:
+    """Whether this process may read and write the page at ``address``."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        span, rights = line.split()[:2]
+        start, end = (int(word, 16) for word in span.split("-"))
+        if start <= address < end:
+            return rights.startswith("rw")
+    return False
 
-    With ``exact`` every access is checked byte by byte, otherwise page by page.
+
+def emulate(
+    code: bytes, argument: int, regions: list[tuple[int, int]] | None = None, seen: Callable[[int], None] | None = None
+) -> None:
+    """Call ``code`` with ``argument`` in x0.
+
+    ``regions`` are the (address, bytes) of this process it may access; without, it may access any page that the process
+    may, and ``seen`` is told the address of each before its first access.
 
     Raises:
         Fault: an access outside, an illegal instruction, no end, a register that callers rely on and find changed.
     """
-    from unicorn import UC_ARCH_ARM64, UC_HOOK_MEM_READ, UC_HOOK_MEM_WRITE, UC_MODE_ARM, UC_PROT_ALL, Uc, UcError
+    from unicorn import UC_ARCH_ARM64, UC_HOOK_MEM_READ, UC_HOOK_MEM_UNMAPPED, UC_HOOK_MEM_WRITE, UC_MODE_ARM, Uc, UcError
     from unicorn import arm64_const as arm
     from unicorn.unicorn_const import UC_PROT_EXEC, UC_PROT_READ, UC_PROT_WRITE
 
     uc = Uc(UC_ARCH_ARM64, UC_MODE_ARM)
-    uc.mem_map(_CODE, -(-len(code) // _PAGE) * _PAGE, UC_PROT_ALL)
+    uc.mem_map(_CODE, -(-len(code) // _PAGE) * _PAGE)
     uc.mem_write(_CODE, code)
     uc.mem_protect(_CODE, -(-len(code) // _PAGE) * _PAGE, UC_PROT_READ | UC_PROT_EXEC)
     uc.mem_map(_STACK, _PAGE, UC_PROT_READ | UC_PROT_WRITE)
-    for start, end in _pages(regions):
+    for start, end in _pages(regions or ()):
         uc.mem_map_ptr(start, end - start, UC_PROT_READ | UC_PROT_WRITE, start)
     kept = [getattr(arm, f"UC_ARM64_REG_X{i}") for i in range(18, 30)]
     low = [getattr(arm, f"UC_ARM64_REG_D{i}") for i in range(8, 16)]
@@ -66,17 +80,28 @@ def emulate(code: bytes, argument: int, regions: list[tuple[int, int]], exact: b
     uc.reg_write(arm.UC_ARM64_REG_X30, _RETURN)
     uc.reg_write(arm.UC_ARM64_REG_X0, argument)
     outside: list[str] = []
-    allowed = [*regions, (_CODE, len(code)), (_STACK, _PAGE)]
+    allowed = [*(regions or ()), (_CODE, len(code)), (_STACK, _PAGE)]
 
     def look(uc: Any, access: int, address: int, size: int, value: int, data: Any) -> None:
         if not any(start <= address and address + size <= start + length for start, length in allowed):
             outside.append(f"{size} bytes at {address:#x} at offset {uc.reg_read(arm.UC_ARM64_REG_PC) - _CODE:#x}")
             uc.emu_stop()
 
-    if exact:
+    def missing(uc: Any, access: int, address: int, size: int, value: int, data: Any) -> bool:
+        page = address // _PAGE * _PAGE
+        if not writable(page):
+            return False
+        if seen is not None:
+            seen(page)
+        uc.mem_map_ptr(page, _PAGE, UC_PROT_READ | UC_PROT_WRITE, page)
+        return True
+
+    if regions is None:
+        uc.hook_add(UC_HOOK_MEM_UNMAPPED, missing)
+    else:
         uc.hook_add(UC_HOOK_MEM_READ | UC_HOOK_MEM_WRITE, look)
     try:
-        uc.emu_start(_CODE, _RETURN, count=MOST if exact else 0)
+        uc.emu_start(_CODE, _RETURN, count=MOST)
     except UcError as error:
         at = uc.reg_read(arm.UC_ARM64_REG_PC) - _CODE
         raise Fault(f"{error} at offset {at:#x}, word {code[at : at + 4][::-1].hex()}") from error
@@ -90,11 +115,16 @@ def emulate(code: bytes, argument: int, regions: list[tuple[int, int]], exact: b
 
 
 class Emulated:
-    """Stands where an Executable does; may access what :func:`fuzz.guard.guarded` has handed out, page by page."""
+    """Stands where an Executable does.
+
+    Attributes:
+        before: of the last call, the pages it accessed as they were before, by address.
+    """
 
     def __init__(self, code: bytes) -> None:
         self.code = code
+        self.before: dict[int, bytes] = {}
 
     def call(self, address: int) -> None:
-        regions = guard.active().memory()
-        emulate(self.code, address, regions, exact=False)
+        self.before.clear()
+        emulate(self.code, address, seen=lambda page: self.before.update({page: ctypes.string_at(page, _PAGE)}))

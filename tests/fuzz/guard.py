@@ -100,21 +100,9 @@ class Buffers:
         strays = [(name, region.stray()) for name, region in self._regions]
         return [f"{name}: {s.size} bytes outside were written, from offset {s[0]} on" for name, s in strays if s.size]
 
-    def memory(self) -> list[tuple[int, int]]:
-        """Address and bytes of the accessible pages."""
-        return [(region.bytes.__array_interface__["data"][0], region.bytes.size) for _, region in self._regions]
-
     def internal(self) -> int:
         """How many buffers of the package's own are guarded."""
         return sum(name.startswith("internal") for name, _ in self._regions)
-
-
-_active: list[Buffers] = []
-
-
-def active() -> Buffers:
-    """The buffers in use inside of :func:`guarded`."""
-    return _active[-1]
 
 
 @contextmanager
@@ -131,10 +119,8 @@ def guarded(buffers: Buffers) -> Iterator[None]:
                     if value is original:
                         replaced.append((module, attribute, original))
                         setattr(module, attribute, substitute)
-    _active.append(buffers)
     try:
         yield
     finally:
-        _active.pop()
         for module, attribute, original in replaced:
             setattr(module, attribute, original)

@@ -82,7 +82,7 @@ def execute(program: Program, target: Target, args: np.ndarray, *arrays: np.ndar
     """Machine code of ``program`` on its argument block and the arrays that it leads to."""
     code = assemble(program, target.isa).code
     if emulated(target):
-        emulate(code, address_of(args), [(address_of(a), a.nbytes) for a in (args, *arrays)], exact=True)
+        emulate(code, address_of(args), [(address_of(a), a.nbytes) for a in (args, *arrays)])
     else:
         executable = Executable(code)  # a name: its memory lives no longer than it does
         executable.call(address_of(args))
@@ -336,7 +336,7 @@ class Emulated(Interpreted):
     def call(self, address: int) -> None:
         regions = [(at, data.size) for at, data in self.memory(address).values()]
         code = assemble(self.kernel.program, self.target.isa).code
-        emulate(code, address, [(address, 8 * SLOTS), *regions], exact=True)
+        emulate(code, address, [(address, 8 * SLOTS), *regions])
 
 
 def arranged(dense: np.ndarray, layout: str, lanes: int, pad: int) -> np.ndarray:
