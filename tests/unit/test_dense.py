@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 import sparsert
 from oracle import COMPILED, complaint, expected, same_bits
+from sparsert.codegen.assemble import assemble
 from sparsert.codegen.interpreter import region, run
 from sparsert.errors import (
     AliasError,
@@ -25,6 +26,7 @@ from sparsert.kernels.dense import generate
 from sparsert.kernels.dense_arguments import Form, Slot
 from sparsert.kernels.plan import FOLD_TAPS
 from sparsert.operators.dense import (
+    Code,
     Extents,
     TurnedBinding,
     blocks_of_rows,
@@ -181,6 +183,26 @@ def test_the_interpreter_gives_the_same_bits(
             code.executable.call(made.address)
         results.append(y)
     assert same_bits(*results)
+
+
+def test_an_instruction_set_of_another_machine(rng: np.random.Generator) -> None:
+    """The program for four lanes, interpreted: masks, overlapping fours and all."""
+    found = TARGETS["aarch64-neon"]
+    for form, (m, k, n) in ((Form("rows", "transposed", "columns"), (15, 6, 13)), (Form("columns"), (3, 9, 11))):
+        kernel = generate(form, found)
+        assert assemble(kernel.program, found.isa).code
+        code = Code(form, found, kernel.rows, None, 0, 0)  # type: ignore[arg-type]
+        left, right, bias = full(rng, m, k), full(rng, k, n), full(rng, n)
+        a = left if form.a == "rows" else np.ascontiguousarray(left.T)
+        b = right if form.b == "rows" else np.ascontiguousarray(right.T)
+        y = np.full((m, n), np.nan, np.float32)
+        made = frame(code, Extents(1, m, n, k, a.strides[0], b.strides[0], 4 * n), DenseSchedule(4))
+        made.slots[Slot.BIAS] = address_of(bias)
+        made.point(address_of(a), address_of(b), address_of(y), 0)
+        arrays = {"a": a, "b": b, "y": y, "bias": bias, "scratch": made.scratch}
+        run(kernel.program, 4, made.slots, {name: region(address_of(array), array) for name, array in arrays.items()})
+        want = left.astype(np.float64) @ right + (bias if form.bias else 0)
+        assert (np.abs(y - want) <= bound(left, right) + 1e-6 * np.abs(bias)).all()
 
 
 @compiled

@@ -51,16 +51,16 @@ def generate(form: Form, target: Target) -> Kernel:
 
 def most_rows(form: Form, target: Target) -> int:
     """Rows of the largest block: accumulators beside two vectors of B, a broadcast element, a mask and the epilogue."""
-    code = _activation(form, Builder())
-    return (target.registers - max(4, code.registers if code else 0)) // VECTORS
+    code = _activation(form, target, Builder())
+    return (target.registers - max(4, code.registers if code else 0) - target.scratch) // VECTORS
 
 
-def _activation(form: Form, b: Builder) -> Template | None:
+def _activation(form: Form, target: Target, b: Builder) -> Template | None:
     if form.activation is None:
         return None
     v = Recorder()
     value: Operand = ACTIVATIONS[form.activation].function(v, v.input(), *form.parameters)
-    return assign(v, value, b, 4)
+    return assign(v, value, b, 4, target.addend_only)
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class _Program:
     def __init__(self, form: Form, target: Target, b: Builder) -> None:
         self.form, self.target, self.b = form, target, b
         self.tile = target.tile_bytes
-        self.activation = _activation(form, b)
+        self.activation = _activation(form, target, b)
         self.rows = most_rows(form, target)
         self.source = VECTORS * self.rows  # vectors of B behind the accumulators, then the element of A
         self.element = self.source + VECTORS

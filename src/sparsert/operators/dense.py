@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..codegen.x86.assemble import assemble, listing
+from ..codegen.assemble import assemble, listing
 from ..errors import InternalError
 from ..kernels.dense import UNROLL, VECTORS, generate
 from ..kernels.dense_arguments import Form, Slot
