@@ -132,13 +132,7 @@ class _Rows:
     def __init__(
         self, program: Program, rows: Ints, address: Addresses, stream: Stream, form: str, scalar: bool
     ) -> None:
-        self.c, self.labels, self.rows, self.address, self.stream = (
-            program.columns,
-            program.labels,
-            rows,
-            address,
-            stream,
-        )
+        self.c, self.labels, self.rows, self.address, self.stream = program.columns, program.labels, rows, address, stream
         self.registers: dict[str, NDArray[np.integer]] = {}
         for key in "dab":
             if key in form:
@@ -209,12 +203,7 @@ class _Rows:
             raise InternalError("a vector of four lanes has one quarter")
 
 
-_SEQUENCES: dict[str, Callable[..., None]] = {
-    "ADD": _Rows.add,
-    "SET": _Rows.set,
-    "LEA": _Rows.lea,
-    "FIRST": _Rows.first,
-}
+_SEQUENCES: dict[str, Callable[..., None]] = {"ADD": _Rows.add, "SET": _Rows.set, "LEA": _Rows.lea, "FIRST": _Rows.first}
 
 
 def _number(word: str) -> int:
