@@ -1,5 +1,8 @@
-"""Drawn layers as AArch64 code: under Unicorn on guarded pages, against float64, the interpreter and, where this machine
-executes a target of its own, to the bit against that."""
+"""Drawn layers as AArch64 code, under Unicorn on guarded pages.
+
+They are compared with float64, to the bit with the interpreter and, where this machine executes a target of its own,
+with that.
+"""
 
 from __future__ import annotations
 
