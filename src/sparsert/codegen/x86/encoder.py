@@ -116,6 +116,7 @@ def _encode(batch: Batch) -> tuple[Words, Words | None, Ints | int]:
     if kind == "V" and any(_largest(f.get(key, 0)) > 15 for key in ("reg", "vvvv", "rm")):
         raise InternalError(f"{NAMES[batch.row]}: VEX reaches registers 0 to 15 only")
     has_modrm = row.digit >= 0 or "m" in row.operands
+    opcode: Ints | int = row.opcode
     modrm: Ints | int = 0
     tail: Ints | int = 0
     size: Ints | int = 0
@@ -126,6 +127,9 @@ def _encode(batch: Batch) -> tuple[Words, Words | None, Ints | int]:
     elif has_modrm:
         rm = _wide(f["rm"])
         modrm, x, b = 0xC0 | rm & 7, rm >> 4 & 1, rm >> 3 & 1
+    elif "o" in row.operands:
+        rm = _wide(f["rm"])
+        opcode, b = opcode | rm & 7, rm >> 3
     if row.imm:
         value = _wide(f["imm"]) << (4 if "s" in row.operands else 0)
         imm = 0 if "b" in row.operands else value & (1 << 8 * row.imm) - 1
@@ -165,7 +169,7 @@ def _encode(batch: Batch) -> tuple[Words, Words | None, Ints | int]:
         head, at = 0, 0
         for byte, present in (
             (_MANDATORY[row.prefix], row.prefix != 0), (0x40 | rex, rex != 0), (0x0F, row.map != M1),
-            (row.opcode, True), (modrm, has_modrm),
+            (opcode, True), (modrm, has_modrm),
         ):  # fmt: skip
             head = head | _choose(present, byte << at * 8, 0)
             at = at + _choose(present, 1, 0)
