@@ -57,7 +57,15 @@ def emulate(
     Raises:
         Fault: an access outside, an illegal instruction, no end, a register that callers rely on and find changed.
     """
-    from unicorn import UC_ARCH_ARM64, UC_HOOK_MEM_READ, UC_HOOK_MEM_UNMAPPED, UC_HOOK_MEM_WRITE, UC_MODE_ARM, Uc, UcError
+    from unicorn import (
+        UC_ARCH_ARM64,
+        UC_HOOK_MEM_READ,
+        UC_HOOK_MEM_UNMAPPED,
+        UC_HOOK_MEM_WRITE,
+        UC_MODE_ARM,
+        Uc,
+        UcError,
+    )
     from unicorn import arm64_const as arm
     from unicorn.unicorn_const import UC_PROT_EXEC, UC_PROT_READ, UC_PROT_WRITE
 

@@ -15,7 +15,8 @@ from sparsert.sparsity.pattern import SparseMatrix
 
 _ARM = platform.machine() in ("aarch64", "arm64")
 COMPILED = [
-    pytest.param(name, marks=pytest.mark.isa(name)) for name in (("aarch64-neon",) if _ARM else ("x86-avx512", "x86-avx2"))
+    pytest.param(name, marks=pytest.mark.isa(name))
+    for name in (("aarch64-neon",) if _ARM else ("x86-avx512", "x86-avx2"))
 ]
 EVERY_TARGET = [*COMPILED, "reference"]
 """For ``parametrize``: targets that this machine cannot execute skip."""

@@ -17,7 +17,7 @@ class Target:
         lanes: float32 lanes of a vector register, which is also the number of columns of a tile.
         registers: vector registers.
         embedded_broadcast: an FMA may broadcast one float from memory by itself.
-        by_element: a multiply-add takes its weight from any element of a register: weights are loaded a vector at a time.
+        by_element: a multiply-add takes its weight from any element of a register: one load brings several weights.
         addend_only: multiply-adds overwrite their addend, and no form overwrites a factor.
         scratch: how many vector registers, the last ones, element-wise code leaves to sequences of its instruction set.
         machine: what this code runs on, as the platform names it.
@@ -51,8 +51,18 @@ TARGETS = {
         Target("x86-avx512", "x86-avx512", 16, 32, True, ("avx512f", "avx512bw", "avx512dq", "avx512vl")),
         Target("x86-avx2", "x86-avx2", 8, 16, False, ("avx2", "fma")),
         Target(
-            "aarch64-neon", "aarch64-neon", 4, 32, False, ("asimd",), by_element=True, addend_only=True, scratch=2,
-            machine="aarch64", l1i=64 << 10, l1d=64 << 10,
+            "aarch64-neon",
+            "aarch64-neon",
+            4,
+            32,
+            False,
+            ("asimd",),
+            by_element=True,
+            addend_only=True,
+            scratch=2,
+            machine="aarch64",
+            l1i=64 << 10,
+            l1d=64 << 10,
         ),
         Target("reference", "reference", 16),
     )

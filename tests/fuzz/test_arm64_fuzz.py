@@ -1,5 +1,8 @@
-"""Drawn layers as AArch64 code: under Unicorn on guarded pages, against float64, the interpreter and, where this machine
-executes a target of its own, to the bit against that."""
+"""Drawn layers as AArch64 code, under Unicorn on guarded pages.
+
+They are compared with float64, to the bit with the interpreter and, where this machine executes a target of its own,
+with that.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,13 @@ import pytest
 import sparsert
 from emulator import MISSING, Emulated
 from fuzz import guard_cases
-from oracle import same_bits
+from oracle import complaint, expected, same_bits
 from sparsert import compiler
 from sparsert.codegen.interpreter import Region, run
 from sparsert.errors import InternalError
 from sparsert.kernels.arguments import SLOTS
 from sparsert.runtime import host
+from sparsert.sparsity.pattern import as_sparse
 from sparsert.target import NATIVE_ORDER, TARGETS
 
 pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
@@ -134,3 +138,13 @@ def test_a_wrong_instruction_is_noticed(emulated: None, monkeypatch: pytest.Monk
     monkeypatch.setattr(lower, "_PARSED", recipes)
     with pytest.raises(AssertionError):
         campaign(0, 0, 5)
+
+
+@pytest.mark.full
+def test_a_loop_longer_than_a_conditional_branch_reaches(emulated: None, rng: np.random.Generator) -> None:
+    weight = np.where(rng.random((700, 900)) < 0.5, rng.standard_normal((700, 900)), 0).astype(np.float32)
+    op = sparsert.compile_matmul(weight, target=TARGET, schedule=sparsert.Schedule(28, blocks=0))
+    x = rng.standard_normal((900, 9)).astype(np.float32)
+    assert op.stats.code_bytes > 1 << 20
+    assert "b.eq .+8" in op.listing()
+    assert not complaint(op(x), expected(as_sparse(weight), x, None, None, None, None))

@@ -26,7 +26,9 @@ def test_the_routine_for_instruction_caches_says_what_its_remarks_say(tmp_path: 
     text = """bti c; mrs x2, ctr_el0; ubfx x3, x2, #16, #4; mov x4, #4; lsl x3, x4, x3; and x2, x2, #15; lsl x2, x4, x2
         sub x5, x3, #1; bic x5, x0, x5; 1: dc cvau, x5; add x5, x5, x3; cmp x5, x1; b.lo 1b; dsb ish
         sub x5, x2, #1; bic x5, x0, x5; 2: ic ivau, x5; add x5, x5, x2; cmp x5, x1; b.lo 2b; dsb ish; isb; ret"""
-    assert np.frombuffer(SYNCHRONISE, "<u4").tolist() == assembled(text.replace("; ", "\n").split("\n"), tmp_path).tolist()
+    assert (
+        np.frombuffer(SYNCHRONISE, "<u4").tolist() == assembled(text.replace("; ", "\n").split("\n"), tmp_path).tolist()
+    )
     assert len(decoded(np.frombuffer(SYNCHRONISE, "<u4"), tmp_path)) == 23
 
 

@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from emulator import MISSING, Fault, emulate
+from emulator import MISSING, emulate
 from oracle import complaint, expected
 from sparsert import Clip
+from sparsert.codegen.arm64.lower import lower as lower_arm64
+from sparsert.codegen.assemble import assemble
 from sparsert.codegen.interpreter import EFFECTS, LANES, Region, fused, region, run
 from sparsert.codegen.vector import OPS, Builder, Program, S, check
-from sparsert.codegen.arm64.lower import lower as lower_arm64
-from sparsert.codegen.assemble import ISAS, assemble
 from sparsert.codegen.x86.assemble import ENCODINGS
 from sparsert.codegen.x86.lower import lower as lower_x86
 from sparsert.errors import InternalError

@@ -116,9 +116,9 @@ def accumulate(
         c["b"][row] = weight
     else:
         c["disp"][row] = slot_bytes
-    further, first = ("fma_lane", "mul_lane") if by_element else ("fma_acc", "mul") if broadcast else _EMBEDDED
+    further, opener = ("fma_lane", "mul_lane") if by_element else ("fma_acc", "mul") if broadcast else _EMBEDDED
     c["op"][row], c["d"][row], c["a"][row] = OP[further], p.accumulator, source
-    c["op"][row[begins[anew]]] = OP[first]
+    c["op"][row[begins[anew]]] = OP[opener]
     cuts = np.where(p.cuts > 0, end[p.cuts - 1], 0) if n else np.zeros_like(p.cuts)
     return Body(c, cuts, idle, copied, lines)
 

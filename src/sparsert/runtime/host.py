@@ -15,7 +15,6 @@ from ..errors import ExecutableMemoryError, TargetUnavailableError, UnsupportedE
 from ..target import NATIVE_ORDER, TARGETS, Target
 from . import arm64, cpuid
 
-
 MACOS_NOTE = "generated code on macOS is untested; please report how it goes"
 
 

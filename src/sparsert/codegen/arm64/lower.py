@@ -3,8 +3,8 @@
 The words behind an instruction's name are its operands in the order of its text: columns ``d``, ``a`` and ``b`` (``b``
 may be a constant, which is loaded first), ``imm``, a number, a register by name, ``t`` and ``u`` for the two scratch
 vectors; ``mem`` and ``arg`` stand for a base and its offset, ``pool`` for those of a constant, ``to`` for a label.
-Words in capitals are :class:`_Rows` methods: short sequences that depend on the value. A recipe may come in variants, by
-the operand that has the same register as ``d``.
+Words in capitals are :class:`_Rows` methods: short sequences that depend on the value. A recipe may come in variants,
+by the operand that has the same register as ``d``.
 
 Scratch vectors are the last two; kernels leave them alone but in the loop of taps, whose operations need none
 (``Target.scratch``).
@@ -132,7 +132,13 @@ class _Rows:
     def __init__(
         self, program: Program, rows: Ints, address: Addresses, stream: Stream, form: str, scalar: bool
     ) -> None:
-        self.c, self.labels, self.rows, self.address, self.stream = program.columns, program.labels, rows, address, stream
+        self.c, self.labels, self.rows, self.address, self.stream = (
+            program.columns,
+            program.labels,
+            rows,
+            address,
+            stream,
+        )
         self.registers: dict[str, NDArray[np.integer]] = {}
         for key in "dab":
             if key in form:
@@ -203,7 +209,12 @@ class _Rows:
             raise InternalError("a vector of four lanes has one quarter")
 
 
-_SEQUENCES: dict[str, Callable[..., None]] = {"ADD": _Rows.add, "SET": _Rows.set, "LEA": _Rows.lea, "FIRST": _Rows.first}
+_SEQUENCES: dict[str, Callable[..., None]] = {
+    "ADD": _Rows.add,
+    "SET": _Rows.set,
+    "LEA": _Rows.lea,
+    "FIRST": _Rows.first,
+}
 
 
 def _number(word: str) -> int:

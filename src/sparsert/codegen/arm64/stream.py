@@ -134,7 +134,7 @@ class Stream:
 
 def _resolved(name: str, place: Ints, fields: dict[str, Value], where: Ints, label: Ints) -> Batch:
     """With what the label says filled in: a distance, a page, or the offset in it."""
-    target, missing = 4 * where[label], [n for _, n in ROWS[name].operands if n not in fields][0]
+    target, missing = 4 * where[label], next(n for _, n in ROWS[name].operands if n not in fields)
     if missing in BRANCHES:
         value = target - 4 * place
     elif missing == "page":
