@@ -232,9 +232,7 @@ class DenseProduct:
         if binding is None:
             if len(self._bindings) >= SHAPES:
                 self._bindings.clear()
-            turned = not self.linear and turns(
-                self.task.pattern.rows, columns, self.task.pattern.cols, self.target.lanes
-            )
+            turned = not self.linear and turns(self.task.pattern.rows, columns, self.task.pattern.cols, self.target)
             binding = self._bindings[key] = (self._turned if turned else self._straight)(*key)
         return binding
 

@@ -10,8 +10,8 @@ from ..target import Target
 
 _LEAST_K = 512  # steps of a block of K: shorter ones load and store sums too often
 _SHARE = 2  # a group of panels, or a single one, takes at most this part of the second-level cache
-_PANELS = 8  # ... and more of them are no faster
-_TURNING = 16  # steps of k that take as long as transposing a result
+_PANELS = 8  # ... and twice as many are no faster
+_TURNING = 12  # steps of k that take as long as transposing a result; with separate broadcasts it never paid
 _LINE, _WAYS = 64, 8
 
 
@@ -61,12 +61,13 @@ def conflicts(pitch: int, rows: int, target: Target) -> bool:
     return rows > _WAYS // 2 * (sets // gcd(pitch // _LINE, sets))
 
 
-def turns(m: int, columns: int, k: int, lanes: int) -> bool:
+def turns(m: int, columns: int, k: int, target: Target) -> bool:
     """Whether y (m, columns) is better computed transposed: its rows then fill vectors that its columns would not.
 
     Transposing back costs little beside the product, but wants four columns and a vector of rows, at least, and of both
     where there is a residual.
     """
-    if m < lanes or columns < lanes:
+    lanes = target.lanes
+    if not target.embedded_broadcast or m < lanes or columns < lanes:
         return False
     return columns * -(-m // lanes) * (k + _TURNING) < m * -(-columns // lanes) * k
