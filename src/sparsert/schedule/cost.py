@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from ..target import Target
 from .schedule import Schedule, most_rows
 from .task import Task
@@ -17,6 +19,10 @@ _CLUSTER = 0.055  # and below this one, it pays to group rows that share columns
 _ROW_TILES = 8  # tiles that go together where rows are far apart: whole stretches of a row come from memory at once
 _PREFETCH_CODE = 4  # times L1: code that comes from further away than L2 sooner or later
 _MOST_CLUSTERED = 4096  # rows: grouping takes about 15 us a row
+
+LEAST_SHARE = 80_000  # vector multiply-adds of one thread, some 20 us: below, waking it does not pay
+_FETCH = 1.0  # vector multiply-adds that fetching the code of one takes, once a pass, where it comes from beyond L2
+_PACK = 4.0  # and that moving a vector of x takes
 
 
 def code_bytes(task: Task, target: Target) -> float:
@@ -99,3 +105,38 @@ def reason(task: Task, target: Target, schedule: Schedule) -> str:
     if schedule.order != "natural":
         words.append("rows that share columns are grouped, since loads of x bound so sparse a product")
     return "; ".join(words)
+
+
+@dataclass(frozen=True)
+class Split:
+    """How a call is shared out: ``by`` ``"columns"`` or ``"rows"`` into so many ``parts``; one part is no split."""
+
+    by: str
+    parts: int
+
+    def __str__(self) -> str:
+        return f"in {self.parts} ranges of {self.by}" if self.parts > 1 else "on the caller alone"
+
+
+def split(task: Task, schedule: Schedule, target: Target, threads: int, tiles: int, by_rows: bool = True) -> Split:
+    """How to share out a call of ``tiles`` column tiles; by rows only if that is possible.
+
+    Ranges of columns share the code and need none of their own; there may be too few tiles to cut evenly, and every
+    thread fetches all of the code. Ranges of rows are as even as the nonzeros, but each thread moves all of x.
+    """
+    nnz, columns = task.pattern.nnz, task.pattern.cols
+    parts = min(threads, int(nnz * tiles / LEAST_SHARE), nnz)
+    if parts < 2:
+        return Split("", 1)
+    moves = columns * _PACK * (task.layout == "transposed" or schedule.packing != "none")
+
+    def seconds(nnz: float, tiles: int) -> float:
+        groups = -(-tiles // tiles_per_group(task, schedule, target, tiles))
+        cold = code_bytes(task, target) * nnz / task.pattern.nnz > target.l2
+        return nnz * (tiles + _FETCH * groups * cold) + moves * tiles
+
+    in_columns, in_rows = seconds(nnz, -(-tiles // parts)), seconds(nnz / parts, tiles)
+    if tiles > 1 and (in_columns <= in_rows or not by_rows):
+        return Split("columns", min(parts, tiles))
+    enough = by_rows and task.pattern.rows >= 8 * parts
+    return Split("rows", parts) if enough else Split("columns", min(parts, tiles)) if tiles > 1 else Split("", 1)
