@@ -160,9 +160,6 @@ def _compile(
 def _crew(task: Task, target: Target, schedule: Schedule | None, threads: int, budget: int) -> Crew:
     """What an operator on several threads needs: the pool, and how to compile parts by rows in ``budget`` bytes."""
 
-    def pool_code() -> PoolCode:
-        return PoolCode(*(assemble(make(), target.isa).code for make in (worker.worker, worker.dispatch, worker.claim)))
-
     def rows(parts: int) -> list[tuple[int, NativeProduct]]:
         if cost.code_bytes(task, target) > budget:
             return []
@@ -171,7 +168,16 @@ def _crew(task: Task, target: Target, schedule: Schedule | None, threads: int, b
         except ExecutableMemoryError:  # no more room for code: columns will do
             return []
 
-    return Crew(lambda: workers.shared(pool_code), threads, rows)
+    return Crew(lambda: shared_pool(target), threads, rows)
+
+
+def shared_pool(target: Target) -> workers.Pool:
+    """The threads of this process, whose programs are generated when they are first asked for."""
+
+    def code() -> PoolCode:
+        return PoolCode(*(assemble(make(), target.isa).code for make in (worker.worker, worker.dispatch, worker.claim)))
+
+    return workers.shared(code)
 
 
 def _row_ranges(task: Task, parts: int) -> list[tuple[int, int]]:

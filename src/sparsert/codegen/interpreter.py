@@ -309,6 +309,15 @@ def _s_fetch_add(m: Machine, r: Row) -> None:
     m.put(r.d, old)
 
 
+def _s_replace(m: Machine, r: Row) -> None:
+    word = _word(m, r)
+    old, new = int(word[0]), m.get(r.b)
+    if old == m.get(r.d):
+        word[0] = new
+    m.scalar.pop(S.X, None)
+    m.put(r.d, old)
+
+
 def _invoke(m: Machine, r: Row) -> None:
     function = m.functions.get(m.get(r.a))
     if function is None or m.calls:
@@ -359,6 +368,7 @@ EFFECTS: dict[str, Callable[[Machine, Row], None]] = {
     "s_store": _s_store,
     "s_exchange": _s_exchange,  # the register and the word swap what they hold
     "s_fetch_add": _s_fetch_add,  # the register gives what is added and takes what was there
+    "s_replace": _s_replace,  # by b if the word is d, which takes what was there; X is lost
     "s_pause": _nothing,  # a turn of a loop that waits for another thread
     "jump_equal": lambda m, r: m.jump(r.disp) if m.get(r.a) == m.get(r.b) else None,
     "jump_differs": lambda m, r: m.jump(r.disp) if m.get(r.a) != m.get(r.b) else None,

@@ -1,7 +1,8 @@
 """Where the pool's threads and its callers find each other in memory: what generated code and the runtime agree on.
 
 All words have 64 bits. A thread that waits for one of them to change spins first and then sleeps; whoever changes the
-word by an exchange learns from the old value whether somebody has to be woken.
+word by an exchange learns from the old value whether somebody has to be woken. A worker that finds ``GO`` begins by
+replacing it by ``NOTHING``; a caller that is done with its own part takes back in the same way what nobody has begun.
 """
 
 from __future__ import annotations

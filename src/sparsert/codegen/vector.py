@@ -90,7 +90,7 @@ def _table() -> tuple[Op, ...]:
     }  # fmt: skip
     # What threads need to meet. Words of 64 bits: s_load acquires, s_store releases, the read-modify-writes do both.
     shared = {
-        "s_load": "dm", "s_store": "am", "s_exchange": "dm", "s_fetch_add": "dm", "s_pause": "",
+        "s_load": "dm", "s_store": "am", "s_exchange": "dm", "s_fetch_add": "dm", "s_replace": "dbm", "s_pause": "",
         "jump_equal": "abi", "jump_differs": "abi", "jump_less": "abi", "invoke": "a",
     }  # fmt: skip
     groups = ((vector, False), (scalar, True), (shared, True))

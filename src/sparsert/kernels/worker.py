@@ -1,9 +1,12 @@
 """The programs of the thread pool: a worker's life, a job handed out and awaited, the pool taken out of use.
 
 Threads meet in the words of :mod:`sparsert.codegen.parking`. They wait by spinning for a bounded number of turns, then
-by sleeping in a function that the runtime provides. A sleeper first exchanges its word for ``ASLEEP``; whoever
-exchanges that for something else has to wake it. Whichever of two exchanges comes second sees the other, so no wake-up
-is lost and none is paid for that nobody waits for.
+by sleeping in a function that the runtime provides. Who is about to sleep replaces ``NOTHING`` by ``ASLEEP``; whoever
+exchanges that for something else has to wake it. Whichever comes second sees the other, so no wake-up is lost and none
+is paid for that nobody waits for.
+
+A part that no worker has begun when the caller is through with its own is the caller's: a thread that sleeps, or that
+the system lets wait, holds nobody up.
 """
 
 from __future__ import annotations
@@ -27,13 +30,11 @@ def worker() -> Program:
     _await(b, _OWN, Mailbox.STATE.byte, got)
     b.place(got)
     _compare(b, "jump_equal", State.STOP, out)
-    b.emit("s_set", d=_SEEN, disp=State.NOTHING)
-    b.emit("s_store", a=_SEEN, ptr=_OWN, disp=Mailbox.STATE.byte)
+    _begin(b, _OWN, wait)
     b.emit("s_load", d=S.ARGS, ptr=_OWN, disp=Mailbox.ARGUMENT.byte)
     b.emit("s_load", d=_OTHER, ptr=_OWN, disp=Mailbox.CODE.byte)
     b.emit("invoke", a=_OTHER)
-    b.emit("s_set", d=_SEEN, disp=-1)
-    b.emit("s_fetch_add", d=_SEEN, ptr=_POOL, disp=Control.PENDING.byte)
+    _finish(b)
     _compare(b, "jump_differs", 1, wait)
     _tell(b, _POOL, Control.CALLER.byte, wait)
     b.emit("jump", disp=wait)
@@ -46,7 +47,8 @@ def dispatch() -> Program:
     """Called with a job: its parts on as many threads, all at once; one by one where the pool is taken or too small."""
     b = Builder()
     mine, small, each = b.label("the pool is ours"), b.label("too few workers"), b.label("one by one")
-    post, posted, done, out = b.label("hand out"), b.label(), b.label("all done"), b.label()
+    post, posted, again, begun = b.label("hand out"), b.label(), b.label("parts that nobody began"), b.label()
+    done, free, out = b.label("all done"), b.label("give back"), b.label()
     b.emit("enter")
     b.emit("s_mov", d=_OWN, a=S.ARGS)
     b.emit("s_load", d=_POOL, ptr=_OWN, disp=Job.CONTROL.byte)
@@ -81,10 +83,23 @@ def dispatch() -> Program:
     b.emit("s_addi", d=_BOX, disp=LINE)
     b.emit("loop", a=_TURNS, disp=post)
     _run(b, _OWN)
+    b.emit("s_load", d=_TURNS, ptr=_OWN, disp=Job.PARTS.byte)
+    b.emit("s_addi", d=_TURNS, disp=-1)
+    b.place(again)  # from the last worker, which was told last
+    b.emit("s_addi", d=_BOX, disp=-LINE)
+    _begin(b, _BOX, begun)
+    _run(b, _PART)
+    _finish(b)
+    _compare(b, "jump_equal", 1, free)
+    b.place(begun)
+    b.emit("s_addi", d=_PART, disp=-PART_BYTES)
+    b.emit("loop", a=_TURNS, disp=again)
     _await(b, _POOL, Control.CALLER.byte, done)
     b.place(done)
     b.emit("s_set", d=_SEEN, disp=State.NOTHING)
     b.emit("s_store", a=_SEEN, ptr=_POOL, disp=Control.CALLER.byte)
+    b.place(free)
+    b.emit("s_set", d=_SEEN, disp=0)
     b.emit("s_store", a=_SEEN, ptr=_POOL, disp=Control.BUSY.byte)
     b.place(out)
     b.emit("leave")
@@ -105,6 +120,20 @@ def claim() -> Program:
 def _take(b: Builder) -> None:
     b.emit("s_set", d=_SEEN, disp=1)
     b.emit("s_exchange", d=_SEEN, ptr=_POOL, disp=Control.BUSY.byte)
+
+
+def _begin(b: Builder, mailbox: S, taken: int) -> None:
+    """Take the part in a mailbox, unless somebody has: on to label ``taken`` then."""
+    b.emit("s_set", d=_SEEN, disp=State.GO)
+    b.emit("s_set", d=_OTHER, disp=State.NOTHING)
+    b.emit("s_replace", d=_SEEN, b=_OTHER, ptr=mailbox, disp=Mailbox.STATE.byte)
+    _compare(b, "jump_differs", State.GO, taken)
+
+
+def _finish(b: Builder) -> None:
+    """One part less is pending; how many there were before is seen."""
+    b.emit("s_set", d=_SEEN, disp=-1)
+    b.emit("s_fetch_add", d=_SEEN, ptr=_POOL, disp=Control.PENDING.byte)
 
 
 def _run(b: Builder, part: S) -> None:
@@ -129,10 +158,10 @@ def _await(b: Builder, ptr: S, byte: int, there: int) -> None:
     b.place(idle)
     b.emit("s_pause")
     b.emit("loop", a=_TURNS, disp=spin)
-    b.emit("s_set", d=_SEEN, disp=State.ASLEEP)
-    b.emit("s_exchange", d=_SEEN, ptr=ptr, disp=byte)
-    b.emit("s_set", d=_OTHER, disp=State.NOTHING)
-    b.emit("jump_differs", a=_SEEN, b=_OTHER, disp=there)
+    b.emit("s_set", d=_SEEN, disp=State.NOTHING)
+    b.emit("s_set", d=_OTHER, disp=State.ASLEEP)
+    b.emit("s_replace", d=_SEEN, b=_OTHER, ptr=ptr, disp=byte)
+    _compare(b, "jump_differs", State.NOTHING, there)
     b.place(sleep)
     _system(b, Control.WAIT, ptr, byte, State.ASLEEP)
     b.emit("s_load", d=_SEEN, ptr=ptr, disp=byte)

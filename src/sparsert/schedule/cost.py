@@ -20,9 +20,10 @@ _ROW_TILES = 8  # tiles that go together where rows are far apart: whole stretch
 _PREFETCH_CODE = 4  # times L1: code that comes from further away than L2 sooner or later
 _MOST_CLUSTERED = 4096  # rows: grouping takes about 15 us a row
 
-LEAST_SHARE = 80_000  # vector multiply-adds of one thread, some 20 us: below, waking it does not pay
-_FETCH = 1.0  # vector multiply-adds that fetching the code of one takes, once a pass, where it comes from beyond L2
-_PACK = 4.0  # and that moving a vector of x takes
+LEAST_SHARE = 80_000  # vector multiply-adds of one thread, some 20 us: below, sharing out does not pay
+_FETCHED = 1.7  # vector multiply-adds in the time in which the code and value of one arrive from the second-level cache
+_MOVED = 2.0  # and in the time of packing or transposing a vector of x
+_WORTH = 0.97  # what ranges of rows must promise, of the time of ranges of columns, to be compiled
 
 
 def code_bytes(task: Task, target: Target) -> float:
@@ -128,15 +129,14 @@ def split(task: Task, schedule: Schedule, target: Target, threads: int, tiles: i
     parts = min(threads, int(nnz * tiles / LEAST_SHARE), nnz)
     if parts < 2:
         return Split("", 1)
-    moves = columns * _PACK * (task.layout == "transposed" or schedule.packing != "none")
+    moves = columns * _MOVED * (task.layout == "transposed" or schedule.packing != "none")
+    fetched = _FETCHED * (code_bytes(task, target) > target.l1i)
 
-    def seconds(nnz: float, tiles: int) -> float:
-        groups = -(-tiles // tiles_per_group(task, schedule, target, tiles))
-        cold = code_bytes(task, target) * nnz / task.pattern.nnz > target.l2
-        return nnz * (tiles + _FETCH * groups * cold) + moves * tiles
+    def time(nnz: float, tiles: int) -> float:
+        passes = -(-tiles // tiles_per_group(task, schedule, target, tiles))
+        return nnz * max(tiles, fetched * passes) + moves * tiles
 
-    in_columns, in_rows = seconds(nnz, -(-tiles // parts)), seconds(nnz / parts, tiles)
-    if tiles > 1 and (in_columns <= in_rows or not by_rows):
-        return Split("columns", min(parts, tiles))
-    enough = by_rows and task.pattern.rows >= 8 * parts
-    return Split("rows", parts) if enough else Split("columns", min(parts, tiles)) if tiles > 1 else Split("", 1)
+    by_rows = by_rows and task.pattern.rows >= 8 * parts
+    if by_rows and (tiles < 2 or time(nnz / parts, tiles) < _WORTH * time(nnz, -(-tiles // parts))):
+        return Split("rows", parts)
+    return Split("columns", min(parts, tiles)) if tiles > 1 else Split("", 1)

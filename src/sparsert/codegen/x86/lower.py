@@ -47,6 +47,7 @@ _SCALAR = {
     "enter": "endbr64 rm=2; push rm=5; mov reg=5 rm=4; " + "; ".join(f"push rm={r}" for r in CALLEE_SAVED),
     "leave": "; ".join(f"pop rm={r}" for r in reversed(CALLEE_SAVED)) + "; pop rm=5; vzeroupper; ret",
     "s_load": "mov reg=d mem", "s_store": "mov_st reg=a mem", "s_exchange": "xchg reg=d mem",
+    "s_replace": "mov reg=0 rm=d; cmpxchg reg=b mem; mov reg=d rm=0",
     "s_fetch_add": "xadd reg=d mem", "s_pause": "pause", "jump_equal": "cmp reg=a rm=b; jz imm",
     "jump_differs": "cmp reg=a rm=b; jnz imm", "jump_less": "cmp reg=a rm=b; jl imm",
     # Behind ``enter`` the stack is eight bytes off the sixteen that functions want.

@@ -112,6 +112,7 @@ ROWS: dict[str, Row] = {
     # threads
     "xchg":           Row(P00, M1,    0x87, 1, _N, "mq rg", "L"),  # locks by itself
     "xadd":           Row(PLOCK, M0F, 0xC1, 1, _N, "mq rg", "L", mnemonic="lock xadd"),
+    "cmpxchg":        Row(PLOCK, M0F, 0xB1, 1, _N, "mq rg", "L", mnemonic="lock cmpxchg"),
     "pause":          Row(PF3, M1,    0x90, 0, _N, "", "L"),
     "jl":             Row(P00, M0F,   0x8C, 0, _N, "b", "L", imm=4),
     "call_at":        Row(P00, M1,    0xFF, 0, _N, "mg", "L", digit=2, mnemonic="call"),
