@@ -181,9 +181,10 @@ def shared_pool(target: Target) -> workers.Pool:
 
 
 def _row_ranges(task: Task, parts: int) -> list[tuple[int, int]]:
-    """Ranges of rows with nearly equal numbers of nonzeros; of transposed products all but the last by fours."""
+    """Ranges of rows with nearly equal numbers of nonzeros; of transposed products at least four, all but the last in
+    fours."""
     unit = 4 if task.layout == "transposed" else 1
-    starts = np.arange(0, task.pattern.rows, unit)
+    starts = np.arange(task.pattern.rows // unit) * unit
     cuts = np.unique(balanced(np.add.reduceat(task.pattern.row_counts, starts), parts)) * unit
     cuts[-1] = task.pattern.rows
     return list(zip(cuts[:-1].tolist(), cuts[1:].tolist(), strict=True))
