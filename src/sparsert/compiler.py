@@ -19,7 +19,7 @@ from .operators.reference import ReferenceProduct
 from .runtime import host, workers
 from .runtime.cpu import Executable
 from .schedule import cost
-from .schedule.schedule import Schedule
+from .schedule.schedule import Schedule, most_rows
 from .schedule.task import LAYOUTS, Task
 from .sparsity.partition import balanced
 from .sparsity.pattern import Pattern, SparseMatrix, as_sparse, require_finite
@@ -196,6 +196,8 @@ def _part(task: Task, target: Target, schedule: Schedule | None, first: int, las
     low, high = int(p.indptr[first]), int(p.indptr[last])
     pattern = Pattern(last - first, p.cols, p.indptr[first : last + 1] - low, p.indices[low:high].copy())
     part = replace(task, pattern=pattern, height=p.rows)
+    if schedule:  # a part whose rows come in fours may need registers that the whole does not (layout.scatter)
+        schedule = replace(schedule, rows=min(schedule.rows, most_rows(target, matmul.spare(part, target))))
     chosen = _schedule(part, target, schedule)
     kernel = matmul.generate(part, chosen, target)
     return NativeProduct(part, chosen, target, kernel, Executable(assemble(kernel.program, target.isa).code))

@@ -210,6 +210,15 @@ def test_without_threads_the_caller_does_it_all(rng: np.random.Generator, monkey
     assert "640 columns on the caller alone; the system starts no more threads" in op.explain()
 
 
+@pytest.mark.isa("x86-avx2")
+def test_parts_with_less_room_for_accumulators(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four divides the rows of a part, not those of the whole: its outputs are transposed in registers."""
+    cut_by("rows", monkeypatch)
+    weight, x = dense_matrix(rng, 91, 147, 0.2), rng.standard_normal((40, 147)).astype(np.float32)
+    ops = [sparsert.compile_linear(weight, target="x86-avx2", schedule=Schedule(14), threads=n) for n in (1, 2)]
+    assert same_bits(ops[0](x), ops[1](x))
+
+
 def test_cuts_of_tiles() -> None:
     for tiles in range(1, 40):
         for parts in range(1, 12):
