@@ -21,8 +21,8 @@ import numpy as np
 import sparsert
 from sparsert.benchmarks import environment
 from sparsert.benchmarks.measure import Samples, interleave, spread
+from sparsert.codegen.assemble import assemble
 from sparsert.codegen.vector import Builder, S
-from sparsert.codegen.x86.assemble import assemble
 from sparsert.compiler import shared_pool
 from sparsert.errors import ValueRangeError
 from sparsert.runtime import host

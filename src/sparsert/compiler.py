@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from .codegen.assemble import assemble, listing
 from .codegen.parking import PoolCode
-from .codegen.x86.assemble import assemble, listing
 from .errors import CodeBudgetError, ExecutableMemoryError, ScheduleError, ShapeError, UnsupportedError, ValueRangeError
 from .kernels import activations, matmul, worker
 from .operators.arrays import Array, as_input
@@ -27,7 +27,7 @@ from .target import Target
 
 PRECISIONS = ("f32",)
 MAX_CODE_BYTES = 1 << 30  # branches reach 2 GiB
-_LEAST_BYTES = 7  # per nonzero: what refuses a hopeless budget before any work is done
+_LEAST_BYTES = 5  # per nonzero: what refuses a hopeless budget before any work is done
 
 _Kind = TypeVar("_Kind", CompiledMatmul, CompiledLinear)
 
@@ -48,7 +48,8 @@ def compile_matmul(
             ``sparsert.Clip(lo, hi)``.
         residual: None, or "before" / "after": a residual given at each call is added before or after the activation.
         precision: "f32".
-        target: "native" (the best this machine executes), "x86-avx512", "x86-avx2" or "reference" (NumPy, everywhere).
+        target: "native" (the best this machine executes), "x86-avx512", "x86-avx2",
+            "aarch64-neon" or "reference" (NumPy, everywhere).
         threads: upper bound; None is what affinity mask and cgroup quota allow, 1 is never more than the caller. A call
             with work for more (20 us each) shares out its columns, or, where they are few, its rows, whose code is
             generated at the first such call. Calls that meet in several Python threads run on one thread each but the
@@ -138,7 +139,11 @@ def _compile(
                 where="max_code_bytes",
                 hint="Raise the budget, or use target='reference'.",
             )
-        crew = None if permitted == 1 else _crew(task, found, schedule, permitted, budget - len(code.code))
+        crew = (
+            None
+            if permitted == 1 or not workers.supported()
+            else _crew(task, found, schedule, permitted, budget - len(code.code))
+        )
         product = native = NativeProduct(task, chosen, found, kernel, Executable(code.code), crew)
         note = native.threads_note
         code_bytes, instructions = len(code.code), code.instructions

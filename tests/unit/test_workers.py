@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -17,20 +18,27 @@ from typing import Any
 import numpy as np
 import pytest
 
+import emulator
 import sparsert
 from oracle import COMPILED
+from sparsert.codegen.assemble import assemble
 from sparsert.codegen.interpreter import region, run
 from sparsert.codegen.parking import LINE, Control, Job, Mailbox, PoolCode, State
-from sparsert.codegen.vector import Builder, Program, S, check
-from sparsert.codegen.x86.assemble import assemble
+from sparsert.codegen.vector import PRESERVED, Builder, Program, S, check
 from sparsert.errors import InternalError
 from sparsert.kernels import worker
 from sparsert.runtime import workers
-from sparsert.runtime.cpu import Executable, address_of
+from sparsert.runtime.cpu import address_of
+from sparsert.runtime.host import unavailable
 from sparsert.runtime.memory import ExecutableMemory
 from sparsert.runtime.workers import Pool, job
+from sparsert.target import TARGETS
 
 native = pytest.mark.isa("x86-avx2")
+ISAS_HERE = [name for name in TARGETS if TARGETS[name].isa != "reference" and unavailable(name) is None]
+EXECUTED = [*COMPILED, pytest.param("aarch64-neon", marks=pytest.mark.skipif(bool(
+    emulator.MISSING and "aarch64-neon" not in ISAS_HERE), reason=str(emulator.MISSING)))]  # fmt: skip
+Called = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 WORDS = [0, 1, -1, 5, 2**31, 2**63 - 1, -(2**63)]
 PROGRAMS = (worker.worker, worker.dispatch, worker.claim)
 COUNT = bytes.fromhex("f30f1efa 48ff07 c3")  # endbr64; inc qword [rdi]; ret
@@ -71,16 +79,27 @@ def shared() -> Program:
     return made
 
 
-@pytest.mark.parametrize("target", COMPILED)
+def executes(program: Program, target: str, args: np.ndarray, function: bytes = b"") -> None:
+    """Machine code of ``program``, called with ``args``; ``function`` lies behind it, and slot 0 is its address."""
+    code = assemble(program, target).code
+    if target in ISAS_HERE:
+        memory = ExecutableMemory(code + function)
+        args[0] = memory.address + len(code) if function else args[0]
+        Called(memory.address)(address_of(args))
+    else:
+        args[0] = emulator._CODE + len(code) if function else args[0]
+        emulator.emulate(code + function, address_of(args))
+
+
+@pytest.mark.parametrize("target", EXECUTED)
 def test_shared_words_mean_what_the_processor_does(target: str) -> None:
-    executable = Executable(assemble(shared(), target).code)
     for first, second in product(WORDS, repeat=2):
         words = np.array([[second, first, second, first, second if first > 0 else first]] * 2, np.int64)
         want, got = (np.zeros(4 + len(MEMORY), np.int64) for _ in range(2))
         for args, memory in ((want, words[0]), (got, words[1])):
             args[:3] = first, second, address_of(memory)
         run(shared(), 4, want, {"words": region(address_of(words[0]), words[0])})
-        executable.call(address_of(got))
+        executes(shared(), target, got)
         assert got[3:].tolist() == want[3:].tolist()
         assert words[1].tolist() == words[0].tolist()
         old = np.array([second, first, second, first, second if first > 0 else first])
@@ -110,24 +129,34 @@ def invoking(slots: tuple[S, ...]) -> Program:
     return b.finish()
 
 
-@pytest.mark.parametrize("target", COMPILED)
+def spy(target: str, cells: int) -> bytes:
+    """A function that writes its six arguments and its stack pointer to ``cells``, and spoils what it may."""
+    if target == "aarch64-neon":
+        words = [
+            0xD503245F,
+            *(0xD2800010 | i << 21 | (cells >> 16 * i & 0xFFFF) << 5 | (i > 0) << 29 for i in range(4)),
+        ]
+        words += [0xF9000200 | i << 10 | i for i in range(6)]  # bti c; x16 = cells; str xi, [x16, 8 i]
+        words += [0x910003F1, 0xF9001A11]  # mov x17, sp; str x17, [x16, 48]
+        words += [0xAA1003E0 | i for i in range(18)]  # mov xi, x16
+        return np.array([*words, 0xD65F03C0], "<u4").tobytes()
+    # endbr64; mov rax, cells; rdi, rsi, rdx, rcx, r8, r9 and rsp to there; spoil all that callers save; ret
+    return (bytes.fromhex("f30f1efa 48b8") + cells.to_bytes(8, "little")
+            + bytes.fromhex("488938 48897008 48895010 48894818 4c894020 4c894828 48896030")
+            + bytes.fromhex("31c9 31d2 31f6 31ff 4d31c0 4d31c9 4d31d2 4d31db 31c0 c3"))  # fmt: skip
+
+
+@pytest.mark.parametrize("target", EXECUTED)
 def test_native_functions_get_their_arguments_and_an_aligned_stack(target: str) -> None:
-    kept, cells = (S.PX5, S.PY, S.T, S.TMP), np.zeros(8, np.int64)
-    at = address_of(cells)
-    # endbr64; mov rax, cells; rdi, rsi, rdx, rcx, r8, r9 and rsp to there; spoil r10 and r11; ret
-    function = ExecutableMemory(
-        bytes.fromhex("f30f1efa 48b8") + at.to_bytes(8, "little")
-        + bytes.fromhex("488938 48897008 48895010 48894818 4c894020 4c894828 48896030 4d31d2 4d31db c3")
-    )  # fmt: skip
+    kept, cells = tuple(r for r in PRESERVED if r != S.PX7), np.zeros(8, np.int64)
     want, got = np.zeros(5, np.int64), np.zeros(5, np.int64)
-    want[0] = got[0] = function.address
+    want[0] = 1 << 30
     seen: list[Any] = []
-    run(invoking(kept), 4, want, {}, functions={function.address: lambda *args: seen.append(args)})
-    executable = Executable(assemble(invoking(kept), target).code)
-    executable.call(address_of(got))
+    run(invoking(kept), 4, want, {}, functions={1 << 30: lambda *args: seen.append(args)})
+    executes(invoking(kept), target, got, spy(target, address_of(cells)))
     assert got[1:].tolist() == want[1:].tolist() == [100, 101, 102, 103]
     assert cells[:6].tolist() == list(seen[0]) == [1, 2, 3, 4, 5, 6]
-    assert cells[6] % 16 == 8, "sixteen before the return address"
+    assert cells[6] % 16 == (0 if target == "aarch64-neon" else 8), "sixteen, before a return address is pushed"
 
 
 def test_the_interpreter_refuses_what_invoke_spoils() -> None:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import IntEnum
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -81,6 +82,7 @@ def _table() -> tuple[Op, ...]:
         "load4": "dm", "insert4": "dmb", "store4": "amb",
         "zip_lo": "dab", "zip_hi": "dab", "zip2_lo": "dab", "zip2_hi": "dab",
         "set_mask": "dm", "load_mask": "dm", "store_mask": "am", "prefetch": "m",
+        "fma_lane": "dabi", "mul_lane": "dabi",
     }  # fmt: skip
     scalar = {
             "s_arg": "di", "s_put": "ai", "s_mov": "da", "s_add": "da", "s_sub": "da", "s_addi": "di", "s_set": "di",
@@ -88,7 +90,8 @@ def _table() -> tuple[Op, ...]:
             "label": "i", "align": "i", "jump": "i", "jump_zero": "ai", "loop": "ai", "call": "i", "ret": "",
             "enter": "", "leave": "",
     }  # fmt: skip
-    # What threads need to meet. Words of 64 bits: s_load acquires, s_store releases, the read-modify-writes do both.
+    # What threads need to meet. Words of 64 bits: s_load acquires, s_store releases, the read-modify-writes do both
+    # and lose the mask.
     shared = {
         "s_load": "dm", "s_store": "am", "s_exchange": "dm", "s_fetch_add": "dm", "s_replace": "dbm", "s_pause": "",
         "jump_equal": "abi", "jump_differs": "abi", "jump_less": "abi", "invoke": "a",
@@ -131,7 +134,7 @@ Row = tuple[int, int, int, int, int, int, int]
 
 def row(name: str, d: int = 0, a: int = 0, b: int = 0, ptr: int = 0, step: int = 0, disp: int = 0) -> Row:
     """A row of a program."""
-    return OP[name], d, a, b, ptr, step, disp
+    return OP[name], int(d), int(a), int(b), int(ptr), int(step), int(disp)  # NumPy takes members of S slowly
 
 
 @dataclass
@@ -148,7 +151,7 @@ class Builder:
 
     def emit(self, name: str, d: int = 0, a: int = 0, b: int = 0, ptr: int = 0, step: int = 0, disp: int = 0) -> None:
         """One row."""
-        self._rows.append(row(name, d, a, b, ptr, step, disp))
+        self._rows.append((OP[name], d, a, b, ptr, step, disp))
         self._places.append(self._size)
         self._size += 1
 
@@ -180,7 +183,8 @@ class Builder:
         self.emit("label", disp=label)
 
     def finish(self) -> Program:
-        rows, places = np.array(self._rows, np.int64).reshape(-1, len(_NAMES)), np.array(self._places, np.int64)
+        flat = np.fromiter(chain.from_iterable(self._rows), np.int64, len(self._rows) * len(_NAMES))
+        rows, places = flat.reshape(-1, len(_NAMES)), np.array(self._places, np.int64)
         columns: Columns = {}
         for i, name in enumerate(_NAMES):
             column = columns[name] = np.zeros(self._size, COLUMNS[name])

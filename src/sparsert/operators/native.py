@@ -242,7 +242,7 @@ class NativeProduct:
     def threads_note(self) -> str:
         """How many threads calls so far used, in words."""
         if self.crew is None:
-            return "1, as asked for"
+            return "1, as asked for, or all that this system has"
         trouble = self.crew.pool().trouble if self._splits else ""
         seen = [f"{columns} columns {split}" for columns, split in list(self._splits.items())[-4:]]
         return "; ".join((f"up to {self.crew.threads}", *seen, *([trouble] if trouble else [])))

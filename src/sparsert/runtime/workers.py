@@ -13,6 +13,7 @@ import ctypes
 import os
 import platform
 import signal
+import sys
 import threading
 import time
 import warnings
@@ -132,6 +133,11 @@ class Pool:
         address = ctypes.c_void_p(self.address + 8 * (mailbox + Mailbox.STATE))
         c[mailbox + Mailbox.STATE] = state
         _libc().syscall(ctypes.c_long(int(c[Control.NUMBER])), address, ctypes.c_long(_WAKE_PRIVATE), ctypes.c_long(1))
+
+
+def supported() -> bool:
+    """Whether this system has what threads sleep on: Linux does."""
+    return sys.platform.startswith("linux") and platform.machine() in _FUTEX_NUMBER
 
 
 def job(control: int, parts: Sequence[tuple[int, int]]) -> Words:

@@ -28,7 +28,7 @@ _WORTH = 0.97  # what ranges of rows must promise, of the time of ranges of colu
 
 def code_bytes(task: Task, target: Target) -> float:
     """An estimate of the code: a multiply-add per nonzero and its share of loads."""
-    per_nonzero = 9.5 if target.embedded_broadcast else 17.0
+    per_nonzero = 7.0 if target.by_element else 9.5 if target.embedded_broadcast else 17.0
     return per_nonzero * task.pattern.nnz
 
 
