@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
 
 from .codegen.assemble import assemble, listing
-from .errors import CodeBudgetError, ScheduleError, ShapeError, UnsupportedError, ValueRangeError
-from .kernels import activations, matmul
+from .codegen.parking import PoolCode
+from .errors import CodeBudgetError, ExecutableMemoryError, ScheduleError, ShapeError, UnsupportedError, ValueRangeError
+from .kernels import activations, matmul, worker
 from .operators.arrays import Array, as_input
 from .operators.dense import DenseProduct
 from .operators.matmul import Compiled, CompiledLinear, CompiledMatmul, Product, Stats
-from .operators.native import NativeProduct
+from .operators.native import Crew, NativeProduct
 from .operators.product import CompiledProduct, ProductSpec
 from .operators.reference import ReferenceProduct
-from .runtime import host
+from .runtime import host, workers
 from .runtime.cpu import Executable
 from .schedule import cost
 from .schedule.dense import DenseSchedule
-from .schedule.schedule import Schedule
+from .schedule.schedule import Schedule, most_rows
 from .schedule.task import LAYOUTS, Task
-from .sparsity.pattern import SparseMatrix, as_sparse, require_finite
+from .sparsity.partition import balanced
+from .sparsity.pattern import Pattern, SparseMatrix, as_sparse, require_finite
 from .target import Target
 
 PRECISIONS = ("f32",)
@@ -51,7 +55,10 @@ def compile_matmul(
         precision: "f32".
         target: "native" (the best this machine executes), "x86-avx512", "x86-avx2",
             "aarch64-neon" or "reference" (NumPy, everywhere).
-        threads: upper bound; None is what affinity mask and cgroup quota allow. One thread is used at present.
+        threads: upper bound; None is what affinity mask and cgroup quota allow, 1 is never more than the caller. A call
+            with work for more (20 us each) shares out its columns, or, where they are few, its rows, whose code is
+            generated at the first such call. Calls that meet in several Python threads run on one thread each but the
+            first. Results are the same to the last bit.
         layout: "row_major" (x (K, N)) or "tile_major" (x (T, K, tile), as layers inside a network exchange it).
         schedule: how to block the product, in the sparse form; None leaves it to the cost model.
         max_code_bytes: refuse to generate more code than this.
@@ -160,16 +167,19 @@ def _compile(
     _check_schedule(schedule)
     permitted_bytes = _budget(max_code_bytes)
     chosen: Schedule | DenseSchedule | None
+    note: Callable[[], str]
     dense_reason = _dense(form, task, found, schedule)
     if found.isa == "reference":
         product: Product = ReferenceProduct(task)
         chosen, reason, code_bytes, instructions, reuse, list_code = None, "", 0, 0, 0.0, _no_listing
+        note = partial(_one_thread, "the reference target")
     elif dense_reason:
         task = replace(task, layout="transposed" if kind is CompiledLinear else task.layout)
         dense = product = DenseProduct(task, found)
         chosen, reason, reuse = dense.schedule, dense_reason, float(dense.code.rows)
         code_bytes, instructions, list_code = dense.code.size, dense.code.instructions, dense.listing
         _within(code_bytes, permitted_bytes)
+        note = partial(_one_thread, "the dense form")
     else:
         budget = _hopeful(permitted_bytes, matrix.pattern.nnz)
         chosen = fixed = _schedule(task, found, schedule)
@@ -177,7 +187,10 @@ def _compile(
         kernel = matmul.generate(task, fixed, found)
         code = assemble(kernel.program, found.isa)
         _within(len(code.code), budget)
-        product = NativeProduct(task, fixed, found, kernel, Executable(code.code))
+        several = permitted > 1 and workers.supported()
+        crew = _crew(task, found, schedule, permitted, budget - len(code.code)) if several else None
+        product = native = NativeProduct(task, fixed, found, kernel, Executable(code.code), crew)
+        note = native.threads_note
         code_bytes, instructions = len(code.code), code.instructions
         reuse = matrix.pattern.nnz / max(1, kernel.x_loads)
 
@@ -190,7 +203,53 @@ def _compile(
     per_nonzero = (code_bytes + value_bytes) / max(1, nnz) if code_bytes else 0.0
     seconds = time.perf_counter() - started
     stats = Stats(nnz, matrix.pattern.density, code_bytes, value_bytes, per_nonzero, reuse, instructions, seconds)
-    return kind(Compiled(task, found, product, stats, chosen, reason, permitted, list_code), b)
+    return kind(Compiled(task, found, product, stats, chosen, reason, permitted, list_code, note), b)
+
+
+def _crew(task: Task, target: Target, schedule: Schedule | None, threads: int, budget: int) -> Crew:
+    """What an operator on several threads needs: the pool, and how to compile parts by rows in ``budget`` bytes."""
+
+    def rows(parts: int) -> list[tuple[int, NativeProduct]]:
+        if cost.code_bytes(task, target) > budget:
+            return []
+        try:
+            return [(first, _part(task, target, schedule, first, last)) for first, last in _row_ranges(task, parts)]
+        except ExecutableMemoryError:  # no more room for code: columns will do
+            return []
+
+    return Crew(lambda: shared_pool(target), threads, rows)
+
+
+def shared_pool(target: Target) -> workers.Pool:
+    """The threads of this process, whose programs are generated when they are first asked for."""
+
+    def code() -> PoolCode:
+        return PoolCode(*(assemble(make(), target.isa).code for make in (worker.worker, worker.dispatch, worker.claim)))
+
+    return workers.shared(code)
+
+
+def _row_ranges(task: Task, parts: int) -> list[tuple[int, int]]:
+    """Ranges of rows with nearly equal numbers of nonzeros; of transposed products at least four, all but the last in
+    fours."""
+    unit = 4 if task.layout == "transposed" else 1
+    starts = np.arange(task.pattern.rows // unit) * unit
+    cuts = np.unique(balanced(np.add.reduceat(task.pattern.row_counts, starts), parts)) * unit
+    cuts[-1] = task.pattern.rows
+    return list(zip(cuts[:-1].tolist(), cuts[1:].tolist(), strict=True))
+
+
+def _part(task: Task, target: Target, schedule: Schedule | None, first: int, last: int) -> NativeProduct:
+    """The product of rows ``first`` to ``last`` alone, for arrays of the whole."""
+    p = task.pattern
+    low, high = int(p.indptr[first]), int(p.indptr[last])
+    pattern = Pattern(last - first, p.cols, p.indptr[first : last + 1] - low, p.indices[low:high].copy())
+    part = replace(task, pattern=pattern, height=p.rows)
+    if schedule:  # a part whose rows come in fours may need registers that the whole does not (layout.scatter)
+        schedule = replace(schedule, rows=min(schedule.rows, most_rows(target, matmul.spare(part, target))))
+    chosen = _schedule(part, target, schedule)
+    kernel = matmul.generate(part, chosen, target)
+    return NativeProduct(part, chosen, target, kernel, Executable(assemble(kernel.program, target.isa).code))
 
 
 def _task(
@@ -285,6 +344,10 @@ def _hopeful(budget: int, nnz: int) -> int:
             hint="Raise the budget, split or prune the layer further, or use target='reference'.",
         )
     return budget
+
+
+def _one_thread(what: str) -> str:
+    return f"1, whatever is permitted: {what} uses no others"
 
 
 def _no_listing() -> str:

@@ -46,6 +46,14 @@ class Kernel:
         if bias is not None:
             out[p.bias_slot] = bias[p.order]
 
+    def unpack(self, packed: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
+        """What ``pack`` was given."""
+        p = self.plan
+        values, bias = np.zeros(len(self.taps), np.float32), np.zeros(self.taps.rows, np.float32)
+        values[self.taps.source[p.taps, 0]] = packed[p.value_slot]
+        bias[p.order[: p.bias_slot.size]] = packed[p.bias_slot]
+        return values, bias if p.bias_slot.size else None
+
 
 def spare(task: Task, target: Target) -> int:
     """Vector registers no accumulator may take: those of the inner loop or of the epilogue, whichever needs more."""

@@ -104,6 +104,7 @@ class Compiled:
     reason: str
     threads: int
     list_code: Callable[[], str]
+    threads_note: Callable[[], str]
 
 
 class Bound:
@@ -213,7 +214,7 @@ class _Operator(ABC):
                 f"code      {s.code_bytes} bytes, {s.instructions} instructions; {size}",
                 f"reuse     {s.fmas_per_load:.2f} multiply-adds per loaded vector of x",
             ]
-        lines.append(f"compiled  in {1e3 * s.compile_seconds:.1f} ms; runs on 1 of {c.threads} permitted threads")
+        lines += [f"threads   {c.threads_note()}", f"compiled  in {1e3 * s.compile_seconds:.1f} ms"]
         return "\n".join(lines)
 
     def __repr__(self) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from ..target import Target
 from .schedule import Schedule, most_rows
 from .task import Task
@@ -18,6 +20,10 @@ _ROW_TILES = 8  # tiles that go together where rows are far apart: whole stretch
 _PREFETCH_CODE = 4  # times L1: code that comes from further away than L2 sooner or later
 _MOST_CLUSTERED = 4096  # rows: grouping takes about 15 us a row
 
+LEAST_SHARE = 80_000  # vector multiply-adds of one thread, some 20 us: below, sharing out does not pay
+_FETCHED = 1.7  # vector multiply-adds in the time in which the code and value of one arrive from the second-level cache
+_MOVED = 2.0  # and in the time of packing or transposing a vector of x
+_WORTH = 0.97  # what ranges of rows must promise, of the time of ranges of columns, to be compiled
 _DENSE_CODE = 1.0  # times L1: unrolled code of a layer without zeros that is smaller stays in the cache
 _DENSE_FORM = {True: 0.93, False: 0.65}  # density from which on the dense form is faster, by embedded broadcasts
 
@@ -115,3 +121,37 @@ def reason(task: Task, target: Target, schedule: Schedule) -> str:
     if schedule.order != "natural":
         words.append("rows that share columns are grouped, since loads of x bound so sparse a product")
     return "; ".join(words)
+
+
+@dataclass(frozen=True)
+class Split:
+    """How a call is shared out: ``by`` ``"columns"`` or ``"rows"`` into so many ``parts``; one part is no split."""
+
+    by: str
+    parts: int
+
+    def __str__(self) -> str:
+        return f"in {self.parts} ranges of {self.by}" if self.parts > 1 else "on the caller alone"
+
+
+def split(task: Task, schedule: Schedule, target: Target, threads: int, tiles: int, by_rows: bool = True) -> Split:
+    """How to share out a call of ``tiles`` column tiles; by rows only if that is possible.
+
+    Ranges of columns share the code and need none of their own; there may be too few tiles to cut evenly, and every
+    thread fetches all of the code. Ranges of rows are as even as the nonzeros, but each thread moves all of x.
+    """
+    nnz, columns = task.pattern.nnz, task.pattern.cols
+    parts = min(threads, int(nnz * tiles / LEAST_SHARE), nnz)
+    if parts < 2:
+        return Split("", 1)
+    moves = columns * _MOVED * (task.layout == "transposed" or schedule.packing != "none")
+    fetched = _FETCHED * (code_bytes(task, target) > target.l1i)
+
+    def time(nnz: float, tiles: int) -> float:
+        passes = -(-tiles // tiles_per_group(task, schedule, target, tiles))
+        return nnz * max(tiles, fetched * passes) + moves * tiles
+
+    by_rows = by_rows and task.pattern.rows >= 8 * parts
+    if by_rows and (tiles < 2 or time(nnz / parts, tiles) < _WORTH * time(nnz, -(-tiles // parts))):
+        return Split("rows", parts)
+    return Split("columns", min(parts, tiles)) if tiles > 1 else Split("", 1)
