@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -95,7 +96,7 @@ def compile_listing(
 ) -> str:  # fmt: skip
     """The machine code of a layer as text, for any target and on any machine: nothing is executed."""
     matrix = as_sparse(weight)
-    task, _ = _task(matrix, bias, activation, residual, "f32", layout)
+    task, _ = make_task(matrix, bias, activation, residual, "f32", layout)
     found = host.lookup(target)
     if found.isa == "reference":
         raise UnsupportedError(
@@ -111,17 +112,27 @@ def _compile(
     threads: int | None, layout: str, schedule: Schedule | None, max_code_bytes: int | None,
 ) -> _Kind:  # fmt: skip
     started = time.perf_counter()
+    matrix = as_sparse(weight)
+    task, b = make_task(matrix, bias, activation, residual, precision, layout)
+    return kind(build(task, matrix.values, b, target, threads, schedule, max_code_bytes, started), b)
+
+
+def build(
+    task: Task, values: Array, bias: Array | None, target: str, threads: int | None, schedule: Schedule | None,
+    max_code_bytes: int | None, started: float, native: Callable[..., NativeProduct] = NativeProduct,
+    reference: Callable[[Task], Product] = ReferenceProduct,
+) -> Compiled:  # fmt: skip
+    """From a task to what an operator holds."""
     permitted = _threads(threads)
     found = host.resolve(target)
-    matrix = as_sparse(weight)
-    task, b = _task(matrix, bias, activation, residual, precision, layout)
+    nnz = task.pattern.nnz
     _check_schedule(schedule)
     permitted_bytes = _budget(max_code_bytes)
     if found.isa == "reference":
-        product: Product = ReferenceProduct(task)
+        product: Product = reference(task)
         chosen, reason, code_bytes, instructions, reuse, list_code = None, "", 0, 0, 0.0, _no_listing
     else:
-        budget = _hopeful(permitted_bytes, matrix.pattern.nnz)
+        budget = _hopeful(permitted_bytes, nnz)
         chosen = _schedule(task, found, schedule)
         reason = "given by the caller" if schedule else cost.reason(task, found, chosen)
         kernel = matmul.generate(task, chosen, found)
@@ -132,26 +143,30 @@ def _compile(
                 where="max_code_bytes",
                 hint="Raise the budget, or use target='reference'.",
             )
-        product = NativeProduct(task, chosen, found, kernel, Executable(code.code))
+        product = native(task, chosen, found, kernel, Executable(code.code))
         code_bytes, instructions = len(code.code), code.instructions
-        reuse = matrix.pattern.nnz / max(1, kernel.x_loads)
+        reuse = nnz / max(1, kernel.x_loads)
         fixed = chosen
 
         def list_code() -> str:
             return listing(matmul.generate(task, fixed, found).program, found.isa)
 
-    product.load(matrix.values, b)
-    nnz = matrix.pattern.nnz
+    product.load(values, bias)
     value_bytes = 4 * (nnz + (task.pattern.rows if task.bias else 0))
     per_nonzero = (code_bytes + value_bytes) / max(1, nnz) if code_bytes else 0.0
     seconds = time.perf_counter() - started
-    stats = Stats(nnz, matrix.pattern.density, code_bytes, value_bytes, per_nonzero, reuse, instructions, seconds)
-    return kind(Compiled(task, found, product, stats, chosen, reason, permitted, list_code), b)
+    stats = Stats(nnz, task.pattern.density, code_bytes, value_bytes, per_nonzero, reuse, instructions, seconds)
+    return Compiled(task, found, product, stats, chosen, reason, permitted, list_code)
 
 
-def _task(
+def make_task(
     matrix: SparseMatrix, bias: Any, activation: Any, residual: str | None, precision: str, layout: str
 ) -> tuple[Task, Array | None]:
+    """The task that arguments of the compile functions describe, and its bias.
+
+    Raises:
+        ShapeError, DTypeError, ValueRangeError, UnsupportedError: what is wrong with an argument.
+    """
     if not isinstance(precision, str) or precision not in PRECISIONS:
         raise UnsupportedError(
             f"unknown precision {precision!r}", where="precision", hint=f"Known: {', '.join(PRECISIONS)}."

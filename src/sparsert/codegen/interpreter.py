@@ -118,6 +118,7 @@ LANES: dict[str, Callable[[Lanes, Lanes, Lanes], Lanes]] = {
     "zip_hi": lambda d, a, b: _zip(a, b, 1, 1),  # a2 b2 a3 b3
     "zip2_lo": lambda d, a, b: _zip(a, b, 0, 2),  # a0 a1 b0 b1
     "zip2_hi": lambda d, a, b: _zip(a, b, 1, 2),  # a2 a3 b2 b3
+    "evens": lambda d, a, b: np.concatenate([a[::2], b[::2]]),
 }
 _READS_D = ("fma_acc", "fma_mul", "fnma_acc", "fnma_mul", "select_neg")
 

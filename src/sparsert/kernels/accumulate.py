@@ -17,6 +17,7 @@ from ..codegen.vector import COLUMNS, OP, Columns, S
 from ..schedule.schedule import Schedule
 from ..sparsity.taps import Taps
 from ..target import Target
+from . import planes
 from .handover import Handover
 from .plan import Plan
 
@@ -63,8 +64,11 @@ def accumulate(
     begins, anew, idle = _begins(p, cells, schedule.rows, handover.task.bias)
     cell, started = cells[begins].astype(np.int64), p.accumulator[begins]
     stores = started < handover.deferred
-    k, loaded = taps.pitch[p.taps].astype(np.int64), np.flatnonzero(p.fresh)
+    k, loaded = taps.key[p.taps], np.flatnonzero(p.fresh)
     in_place, kept, copied = _packing(p, k, loaded, packing)
+    if handover.task.window and not tiled:
+        in_place = loaded
+    walk = planes.walk(taps, k[in_place], cells[in_place]) if handover.task.window else None
     per_tap = p.fresh + np.int64(1 + broadcast)
     per_tap[kept] += 1
     others = np.ones(n if schedule.prefetch else 0, bool)
@@ -76,6 +80,8 @@ def accumulate(
     for touched in touching:
         per_tap[touched] += 1
     per_tap[begins] += np.add(stores, ~anew, dtype=np.int64)
+    if walk is not None:
+        per_tap[in_place] += walk.moves
     end = np.cumsum(per_tap)
     total = int(end[-1]) if n else 0
     c: Columns = {name: np.zeros(total, kind) for name, kind in COLUMNS.items()}
@@ -95,10 +101,12 @@ def accumulate(
         lines[pointer] = np.diff(starts)
         line = np.arange(touched.size) - np.repeat(starts[:-1], lines[pointer])
         put(touched, op=OP["prefetch"], ptr=pointer, disp=line * LINE)
+    for some, columns in walk.rows() if walk is not None else ():
+        put(in_place[some], **columns)
     places = at[in_place]
     where = {"disp": k[loaded] * target.tile_bytes} if tiled else {"step": k[loaded]}
     put(loaded, op=OP["load"], d=source, ptr=S.X, **where)
-    c["step"][places], c["disp"][places] = k[in_place], 0
+    c["step"][places], c["disp"][places] = (k[in_place], 0) if walk is None else (walk.step, walk.disp)
     put(kept, op=OP["store"], a=source, ptr=S.PANEL, disp=k[kept] * target.tile_bytes)
     put(begins[stores], **handover.store(cell[stores], started[stores]))
     put(begins[~anew], **handover.start(cell[~anew], started[~anew]))

@@ -56,6 +56,8 @@ RECIPES = {
         "insert4": "vinsertf32x4 reg=d vvvv=d mem imm=b", "store4": "vextractf32x4 reg=a mem imm=b",
         "set_mask": "vmovups reg=31 mem; vpmovd2m reg=2 rm=31",
         "load_mask": "vmovups reg=d mem mask=2 zero=1", "store_mask": "vmovups_st reg=a mem mask=2",
+        "evens": "vshufps reg=d vvvv=a rm=b imm=136; vpermpd_imm reg=d rm=d imm=216; "
+                 "vshuff64x2 reg=d vvvv=d rm=d imm=216",
     },
     VEX256: _COMMON | _SCALAR | {
         "zero": "vxorps reg=d vvvv=d rm=d", "round": "vroundps reg=d rm=a imm=8", "shl": "vpslld_vex vvvv=d rm=a imm",
@@ -63,6 +65,7 @@ RECIPES = {
         "insert4": "vinsertf128 reg=d vvvv=d mem imm=b", "store4": "vextractf128 reg=a mem imm=b",
         "set_mask": "vmovups reg=15 mem", "load_mask": "vmaskmovps reg=d vvvv=15 mem",
         "store_mask": "vmaskmovps_st reg=a vvvv=15 mem",
+        "evens": "vshufps reg=d vvvv=a rm=b imm=136; vpermpd_imm reg=d rm=d imm=216",
     },
 }  # fmt: skip
 """By vector encoding. Mask operations use k2, or ymm15: they occur outside the accumulate loop only."""

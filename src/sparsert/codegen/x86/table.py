@@ -109,6 +109,9 @@ ROWS: dict[str, Row] = {
     "jnz":            Row(P00, M0F,   0x85, 0, _N, "b", "L", imm=4, mnemonic="jne"),
     "prefetcht1":     Row(P00, M0F,   0x18, 0, _N, "mq", "L", digit=2),
     "endbr64":        Row(PF3, M0F,   0x1E, 0, _N, "", "L", digit=7),  # encoded with rm = edx: F3 0F 1E FA
+    "vshufps":        Row(P00, M0F,   0xC6, 0, _F, "rx vx mx i", "VE", imm=1),
+    "vpermpd_imm":    Row(P66, M0F3A, 0x01, 1, _FM, "rx mx i", "VE", imm=1, mnemonic="vpermpd"),
+    "vshuff64x2":     Row(P66, M0F3A, 0x23, 1, _FM, "rx vx mx i", "E", imm=1),
 }  # fmt: skip
 
 NAMES = tuple(ROWS)
