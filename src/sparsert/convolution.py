@@ -13,6 +13,7 @@ from .compiler import build, make_task
 from .errors import ShapeError, UnsupportedError, ValueRangeError
 from .operators.conv import CompiledConv, ReferenceConv, as_weight, flat
 from .operators.images import ConvProduct
+from .runtime import host
 from .schedule.schedule import Schedule
 from .sparsity.geometry import padding as read_padding
 from .sparsity.geometry import pair
@@ -44,6 +45,8 @@ def compile_conv2d(
     matrix, (kh, kw) = _weight(weight, kernel, 2)
     window = Window((kh, kw), pair(stride, "stride", 1), pair(dilation, "dilation", 1), _groups(groups, matrix))
     pads = read_padding(padding)
+    masks = host.resolve(target).masks
+    window = replace(window, masked=1 <= window.kernel[1] <= masks and pads.covers(window))
     task, b = make_task(matrix, bias, activation, residual, precision, "row_major")
     task = replace(task, window=window)
     compiled = build(

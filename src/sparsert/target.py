@@ -18,6 +18,7 @@ class Target:
         registers: vector registers.
         embedded_broadcast: an FMA may broadcast one float from memory by itself.
         needs: CPU features (as CPUID names them) without which the code faults.
+        masks: mask registers that loads of the accumulate loop may use.
         l1i, l1d, l2: bytes of cache per core.
     """
 
@@ -27,6 +28,7 @@ class Target:
     registers: int = 0
     embedded_broadcast: bool = False
     needs: tuple[str, ...] = ()
+    masks: int = 0
     l1i: int = 32 << 10
     l1d: int = 32 << 10
     l2: int = 1 << 20
@@ -40,7 +42,7 @@ class Target:
 TARGETS = {
     t.name: t
     for t in (
-        Target("x86-avx512", "x86-avx512", 16, 32, True, ("avx512f", "avx512bw", "avx512dq", "avx512vl")),
+        Target("x86-avx512", "x86-avx512", 16, 32, True, ("avx512f", "avx512bw", "avx512dq", "avx512vl"), 5),
         Target("x86-avx2", "x86-avx2", 8, 16, False, ("avx2", "fma")),
         Target("reference", "reference", 16),
     )

@@ -68,7 +68,8 @@ def accumulate(
     in_place, kept, copied = _packing(p, k, loaded, packing)
     if handover.task.window and not tiled:
         in_place = loaded
-    walk = planes.walk(taps, k[in_place], cells[in_place]) if handover.task.window else None
+    window = handover.task.window
+    walk = planes.walk(taps, window, k[in_place], cells[in_place]) if window else None
     per_tap = p.fresh + np.int64(1 + broadcast)
     per_tap[kept] += 1
     others = np.ones(n if schedule.prefetch else 0, bool)
@@ -106,7 +107,9 @@ def accumulate(
     places = at[in_place]
     where = {"disp": k[loaded] * target.tile_bytes} if tiled else {"step": k[loaded]}
     put(loaded, op=OP["load"], d=source, ptr=S.X, **where)
-    c["step"][places], c["disp"][places] = (k[in_place], 0) if walk is None else (walk.step, walk.disp)
+    in_rows = {"step": k[in_place], "disp": 0} if walk is None else walk.load
+    for name, column in in_rows.items():
+        c[name][places] = column
     put(kept, op=OP["store"], a=source, ptr=S.PANEL, disp=k[kept] * target.tile_bytes)
     put(begins[stores], **handover.store(cell[stores], started[stores]))
     put(begins[~anew], **handover.start(cell[~anew], started[~anew]))

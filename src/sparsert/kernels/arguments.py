@@ -68,6 +68,11 @@ class Arg(IntEnum):
     X_IMAGE = auto()  # and bytes from image to image
     Y_IMAGE = auto()
     R_IMAGE = auto()
+    MASKS = auto()  # a table of masks by tile
+    Y_DIRECT = auto()  # whether results go to the image itself, or to planes first
+    R_DIRECT = auto()
+    Y_START = auto()  # the offset of the band's first row in the image, or the address of the planes
+    R_START = auto()
     IMAGES_LEFT = auto()  # variables again: images left, addresses of the current one
     X_HERE = auto()
     Y_HERE = auto()

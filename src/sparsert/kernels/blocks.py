@@ -101,12 +101,16 @@ class Blocks:
         if self._packs(cell):
             self._in_place.point(b, S.X)
             x.point(b, S.PANEL)
+            if self.task.window:
+                planes.load_masks(b, self.task.window, self.target)
             if cell in c.copied:
                 self._copy(b, c.copied[cell])
                 if self.task.window:
                     self._in_place.point(b, S.X)
         else:
             x.point(b, S.X)
+            if self.task.window and not self.tiled:
+                planes.load_masks(b, self.task.window, self.target)
         b.emit("s_arg", d=S.W, disp=Arg.W.byte)
         if later:
             sums.point(b, S.CONST)
@@ -170,6 +174,8 @@ class Blocks:
         b.place(tile)
         for cursor, register in zip(cursors, (S.X, S.PANEL), strict=True):
             cursor.point(b, register)
+        if self.task.window:
+            planes.load_masks(b, self.task.window, self.target)
         self._copy(b, k)
         for cursor in cursors:
             cursor.advance(b)
@@ -178,7 +184,7 @@ class Blocks:
     def _copy(self, b: Builder, k: NDArray[np.int64]) -> None:
         """Rows ``k`` of the current tile of x to the panel; X is moved where they lie in planes."""
         if self.task.window:
-            planes.copy(b, self.task.taps, k, self.schedule.rows, self.target)
+            planes.copy(b, self.task.taps, self.task.window, k, self.schedule.rows, self.target)
             return
         stores, register = np.tile([False, True], k.size), self.schedule.rows
         k = np.repeat(k, 2)

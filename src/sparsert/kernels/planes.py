@@ -35,6 +35,7 @@ class Walk:
     Attributes:
         plane, rows, floats: by how many planes, pitches and floats.
         step, disp: of the operand.
+        mask: the number of its mask, if there are any.
     """
 
     plane: Ints
@@ -42,6 +43,13 @@ class Walk:
     floats: Ints
     step: Ints
     disp: Ints
+    mask: Ints | None
+
+    @property
+    def load(self) -> dict[str, Any]:
+        """Columns of the loads, all but the register."""
+        masked = {"op": OP["load"]} if self.mask is None else {"op": OP["load_by_mask"], "b": self.mask}
+        return {**masked, "ptr": S.X, "step": self.step, "disp": self.disp}
 
     @property
     def moves(self) -> Ints:
@@ -63,7 +71,7 @@ class Walk:
         yield floats, {"op": OP["s_addi"], "d": S.X, "disp": 4 * self.floats[floats]}
 
 
-def walk(taps: Taps, key: Ints, chain: NDArray[Any]) -> Walk:
+def walk(taps: Taps, window: Window, key: Ints, chain: NDArray[Any]) -> Walk:
     """The walk over ``key``, whose planes rise within a chain; X starts at plane 0 where ``chain`` changes."""
     plane, pitch, offset = taps.place(key)
     far_row, far_offset = pitch // _STEPS, offset // _NEAR
@@ -76,12 +84,34 @@ def walk(taps: Taps, key: Ints, chain: NDArray[Any]) -> Walk:
         return delta
 
     return Walk(difference(plane), difference(far_row) * _STEPS, difference(far_offset) * _NEAR,
-                pitch % _STEPS, 4 * (offset % _NEAR))  # fmt: skip
+                pitch % _STEPS, 4 * (offset % _NEAR), _masks(window, plane, offset))  # fmt: skip
 
 
-def copy(b: Builder, taps: Taps, key: Ints, register: int, target: Target) -> None:
+def _masks(window: Window, plane: Ints, offset: Ints) -> Ints | None:
+    """By load, the number of its mask."""
+    if not window.masks:
+        return None
+    number = np.zeros((max(b for b, _ in window.mask_places) + 1, max(o for _, o in window.mask_places) + 1), np.int64)
+    for i, place in enumerate(window.mask_places):
+        number[place] = i
+    column_phase = np.array([b for _, b in window.phases])[plane % len(window.phases)]
+    return np.asarray(number[column_phase, offset])
+
+
+def load_masks(b: Builder, window: Window, target: Target) -> None:
+    """The masks of the current tile, from a table with a line per mask and tile."""
+    if not window.masks:
+        return
+    b.emit("s_arg", d=S.TMP, disp=Arg.XT.byte)
+    b.emit("s_muli", d=S.TMP, a=S.TMP, disp=window.masks)
+    b.emit("s_add_arg", d=S.TMP, disp=Arg.MASKS.byte)
+    for i in range(window.masks):
+        b.emit("mask_from", d=i, ptr=S.TMP, disp=i * target.tile_bytes)
+
+
+def copy(b: Builder, taps: Taps, window: Window, key: Ints, register: int, target: Target) -> None:
     """The vectors that ``key`` names, from where X points to the panel."""
-    path = walk(taps, key, np.zeros(key.size, np.int8))
+    path = walk(taps, window, key, np.zeros(key.size, np.int8))
     before: list[list[dict[str, Any]]] = [[] for _ in range(key.size)]
     for some, columns in path.rows():
         for i, load in enumerate(np.flatnonzero(some).tolist()):
@@ -90,7 +120,8 @@ def copy(b: Builder, taps: Taps, key: Ints, register: int, target: Target) -> No
     for load, rows in enumerate(before):
         for row in rows:
             b.emit_many(n=1, **row)
-        b.emit("load", d=register, ptr=S.X, step=int(path.step[load]), disp=int(path.disp[load]))
+        b.emit_many(n=1, d=register, **{name: value[load] if isinstance(value, np.ndarray) else value
+                                        for name, value in path.load.items()})  # fmt: skip
         b.emit("store", a=register, ptr=S.PANEL, disp=int(key[load]) * target.tile_bytes)
 
 
@@ -126,6 +157,16 @@ class Images:
             b.emit("s_put", a=S.TMP, disp=variable.byte)
         self._band = b.label("next band of rows")
         b.place(self._band)
+        ends = [(Arg.Y_DIRECT, Arg.Y_HERE, Arg.Y_START, Arg.Y_PLANES)]
+        ends += [(Arg.R_DIRECT, Arg.R_HERE, Arg.R_START, Arg.R_PLANES)] * (self.task.residual is not None)
+        for direct, image, start, base in ends:
+            there = b.label()
+            b.emit("s_arg", d=S.TMP, disp=start.byte)
+            b.emit("s_arg", d=S.T, disp=direct.byte)
+            b.emit("jump_zero", a=S.T, disp=there)
+            b.emit("s_add_arg", d=S.TMP, disp=image.byte)
+            b.place(there)
+            b.emit("s_put", a=S.TMP, disp=base.byte)
         channels = self.window.channels(self.task.pattern.cols)
         for phase in range(self.x_copies):
             self._copy_in(b, phase, channels, Arg.X_HERE, f"pack x {self.window.phases[phase]}", self.window.stride[1])
@@ -218,6 +259,11 @@ class Images:
 
     def _channels(self, b: Builder, copy: int, channels: int, base: Arg, note: str) -> int:
         """The top of the loop over channels, with W at the image's first row."""
+        b.emit("s_arg", d=S.T, disp=Move.ROWS.byte(copy))
+        b.emit("s_add_arg", d=S.T, disp=Move.ABOVE.byte(copy))
+        b.emit("s_add_arg", d=S.T, disp=Move.BELOW.byte(copy))
+        self._end = b.label()
+        b.emit("jump_zero", a=S.T, disp=self._end)
         self._mask(b, copy, 0)
         for register, move in ((S.X, Move.FROM), (S.Y, Move.AT), (S.PX5, Move.ROW), (S.PX7, Move.PITCH)):
             b.emit("s_arg", d=register, disp=move.byte(copy))
@@ -228,11 +274,11 @@ class Images:
         b.emit("s_mov", d=S.W, a=S.X)
         return channel
 
-    @staticmethod
-    def _next(b: Builder, copy: int, channel: int) -> None:
+    def _next(self, b: Builder, copy: int, channel: int) -> None:
         b.emit("s_add_arg", d=S.X, disp=Move.CHANNEL.byte(copy))
         b.emit("s_add_arg", d=S.Y, disp=Move.PLANE.byte(copy))
         b.emit("loop", a=S.T, disp=channel)
+        b.place(self._end)
 
     def _zeros(self, b: Builder, count: int) -> None:
         top, end = b.label(), b.label()

@@ -79,8 +79,8 @@ class CompiledConv(_Operator):
     def _images(self, x: Array, y: Array, r: Array | None) -> _Ready | None:
         """Run, on copies where the kernel cannot take the arrays as they are; None if there were any."""
         given = x, r
-        if r is not None and overlaps(r, y) and not same_view(r, y):
-            r = r.copy()
+        if r is not None and overlaps(r, y) and (self.window.masked or not same_view(r, y)):
+            r = r.copy()  # tiles and bands that overlap would read what others have written
         x = x if packed_columns(x) else np.ascontiguousarray(x)
         r = r if r is None or packed_columns(r) else np.ascontiguousarray(r)
         target = y if packed_columns(y) else empty(y.shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..kernels import planes
 from ..kernels.arguments import SLOTS, Arg, Move
@@ -59,10 +60,16 @@ class ConvProduct(NativeProduct):
         group = tiles_per_group(task, self.schedule, self.target, tiles)
         x_floats, y_floats = channels * phases * x_plane, m * y_plane
         slack = 4 * lanes + 2 * max(band.pitch for band in bands)
+        # Rows of y without gaps, in long enough planes, are written where the caller wants them.
+        direct = {
+            copy: self.window.masked and steps[2] == 4 * geometry.out[1] and columns_of(bands) >= lanes
+            for copy, steps in ((phases, y), (phases + 1, r))
+        }
         sizes = {
             Arg.X_PLANES: x_floats + slack,
-            Arg.Y_PLANES: y_floats + slack,
-            Arg.R_PLANES: y_floats + slack if task.residual else 0,
+            Arg.Y_PLANES: 0 if direct[phases] else y_floats + slack,
+            Arg.R_PLANES: y_floats + slack if task.residual and not direct[phases + 1] else 0,
+            Arg.MASKS: len(bands) * tiles * self.window.masks * lanes,
         }
         sizes |= {slot: rows * group * lanes for slot, rows in self._panels().items()}
         sizes[Arg.DISCARD] = self.kernel.discarded * lanes
@@ -75,6 +82,9 @@ class ConvProduct(NativeProduct):
         for slot, floats in sizes.items():
             addresses[slot] = at
             at += 4 * floats
+        begin = (addresses[Arg.MASKS] - address_of(frame.scratch)) // 4
+        table = frame.scratch[begin : begin + sizes[Arg.MASKS]].view(np.int32)
+        table = table[: len(bands) * tiles * self.window.masks * lanes].reshape(len(bands), tiles, -1, lanes)
         mask_floats = frame.scratch[sum(sizes.values()) :].view(np.int32).reshape(len(bands), -1, 2 * lanes)
         whole = len(bands) == 1
         for index, band in enumerate(bands):
@@ -83,7 +93,15 @@ class ConvProduct(NativeProduct):
                 s[slot] = address
             columns = max(band.positions, lanes)
             s[Arg.X_LAST : Arg.X_PITCH] = 4 * (columns - lanes)
-            pitches = (4 * band.pitch, 4 * y_plane, 4 * y_plane)
+            pitches = [4 * band.pitch, 4 * y_plane, 4 * y_plane]
+            ends = ((phases, y, Arg.Y_PLANES, Arg.Y_START), (phases + 1, r, Arg.R_PLANES, Arg.R_START))
+            for end, (copy, steps, planes_at, start) in enumerate(ends):
+                s[start] = addresses[planes_at]
+                if direct[copy]:
+                    pitches[1 + end] = steps[1]
+                    s[start], s[start - 2] = band.rows[0] * steps[2], 1
+            s[Arg.MASKS] = addresses[Arg.MASKS] + index * tiles * self.window.masks * 4 * lanes
+            self._masks(band, columns, table[index])
             s[Arg.X_PITCH : Arg.X_TILE] = [pitch * n for pitch in pitches for n in (1, 3, 5, 7)]
             s[Arg.X_TILE : Arg.X_GROUP] = 4 * lanes
             s[Arg.X_GROUP : Arg.START] = 4 * lanes * group
@@ -128,9 +146,18 @@ class ConvProduct(NativeProduct):
                 move(copy, {
                     Move.FROM: band.rows[0] * steps[2] + 4 * band.columns[0], Move.CHANNEL: steps[1],
                     Move.ROW: steps[2], Move.AT: addresses[slot], Move.PLANE: 4 * y_plane,
-                    Move.PITCH: 4 * band.pitch, Move.ROWS: band.out[0],
+                    Move.PITCH: 4 * band.pitch, Move.ROWS: 0 if direct[copy] else band.out[0],
                 }, band.out[1])  # fmt: skip
         return frame
+
+    def _masks(self, band: Band, columns: int, table: NDArray[np.int32]) -> None:
+        """(tiles, masks, lanes): fill in the masks of a band's tiles, the last of which ends with the columns."""
+        lanes = self.target.lanes
+        tiles = -(-columns // lanes)
+        starts = np.minimum(np.arange(tiles) * lanes, columns - lanes)
+        column = (starts[:, None] + np.arange(lanes)) % max(band.pitch, 1)
+        for number, place in enumerate(self.window.mask_places):
+            table[:tiles, number] = -band.mask(*place)[column].astype(np.int32)
 
     def _bands(self, geometry: Geometry) -> list[Band]:
         """Rows, and columns where rows are very long, cut so that the planes of a band fit the second-level cache."""
@@ -138,7 +165,7 @@ class ConvProduct(NativeProduct):
         budget = self.target.l2 // 4
         task, phases = self.task, len(self.window.phases)
         inputs = self.window.channels(task.pattern.cols) * phases
-        outputs = task.pattern.rows * (2 if task.residual else 1)
+        outputs = 0 if self.window.masked else task.pattern.rows * (2 if task.residual else 1)
 
         def floats(band: Band) -> int:
             return inputs * band.floats + outputs * band.positions
@@ -154,6 +181,11 @@ class ConvProduct(NativeProduct):
         parts = -(-rows // most)
         cuts = [rows * i // parts for i in range(parts + 1)]
         return [geometry.band(pair) for pair in zip(cuts, cuts[1:], strict=False)]
+
+
+def columns_of(bands: list[Band]) -> int:
+    """Columns of the shortest product."""
+    return min(band.positions for band in bands)
 
 
 def column_phases(window: Window) -> list[int]:

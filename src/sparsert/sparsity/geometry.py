@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..errors import ShapeError, UnsupportedError, ValueRangeError
 from .taps import Window
@@ -30,6 +31,10 @@ class Padding:
 
     pads: Pads | None
     rule: str = ""
+
+    def covers(self, window: Window) -> bool:
+        """Whether an output row is never shorter than the rows of a phase: what masks instead of zeros rely on."""
+        return self.pads is None or sum(self.pads[1]) >= window.span[1] - 1
 
     def resolve(self, size: tuple[int, int], window: Window) -> Pads:
         """The zeros around an image of ``size``."""
@@ -157,9 +162,19 @@ class Band:
     @cached_property
     def pitch(self) -> int:
         """Floats between rows of a plane."""
+        if self.geometry.window.masked:
+            return self.out[1]
         needed = self.out[1] + self.geometry.reach[1]
         gaps = [run.count + max(run.zeros, needed - run.zeros - run.count) for _, run in self.runs]
         return max(self.out[1], *gaps)
+
+    def mask(self, column_phase: int, offset: int) -> NDArray[np.bool_]:
+        """(pitch,) by output column: whether the tap at ``offset`` of a phase reads a column of the image."""
+        run = next(
+            run for (_, run), (_, b) in zip(self.runs, self.geometry.window.phases, strict=True) if b == column_phase
+        )
+        column = np.arange(self.pitch) + offset - run.zeros
+        return (column >= 0) & (column < run.count)
 
     @property
     def positions(self) -> int:

@@ -99,12 +99,25 @@ class Window:
     Attributes:
         kernel, stride, dilation: (rows, columns).
         groups: output and input channels are cut into so many, and each only sees its own.
+        masked: loads have a mask per column of the kernel, which cuts what lies beside the image; rows of a plane are
+            then as long as those of the output, with nothing between them.
     """
 
     kernel: tuple[int, int]
     stride: tuple[int, int] = (1, 1)
     dilation: tuple[int, int] = (1, 1)
     groups: int = 1
+    masked: bool = False
+
+    @property
+    def masks(self) -> int:
+        """How many masks the loads need."""
+        return self.kernel[1] if self.masked and self.kernel[1] > 1 else 0
+
+    @cached_property
+    def mask_places(self) -> tuple[tuple[int, int], ...]:
+        """Column phase and offset of every mask: of the columns of the kernel."""
+        return tuple(divmod(i * self.dilation[1], self.stride[1])[::-1] for i in range(self.masks))
 
     @property
     def span(self) -> tuple[int, int]:
