@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 
 from .compiler import build, make_task
-from .errors import ShapeError, UnsupportedError, ValueRangeError
+from .errors import ShapeError, ValueRangeError
+from .kernels import depthwise
 from .operators.conv import CompiledConv, ReferenceConv, as_weight, flat
+from .operators.depthwise import DepthwiseProduct
 from .operators.images import ConvProduct
 from .runtime import host
 from .schedule.schedule import Schedule
@@ -49,9 +51,10 @@ def compile_conv2d(
     window = replace(window, masked=1 <= window.kernel[1] <= masks and pads.covers(window))
     task, b = make_task(matrix, bias, activation, residual, precision, "row_major")
     task = replace(task, window=window)
+    native = DepthwiseProduct if depthwise.fits(task, host.resolve(target)) else ConvProduct
     compiled = build(
         task, matrix.values, b, target, threads, schedule, max_code_bytes, started,
-        partial(ConvProduct, window=window, padding=pads), partial(ReferenceConv, window=window, padding=pads),
+        partial(native, window=window, padding=pads), partial(ReferenceConv, window=window, padding=pads),
     )  # fmt: skip
     return CompiledConv(compiled, b, window, pads)
 

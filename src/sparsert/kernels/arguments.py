@@ -77,6 +77,7 @@ class Arg(IntEnum):
     X_HERE = auto()
     Y_HERE = auto()
     R_HERE = auto()
+    W_HERE = auto()
 
     @property
     def byte(self) -> int:

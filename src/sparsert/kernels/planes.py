@@ -128,7 +128,9 @@ def copy(b: Builder, taps: Taps, window: Window, key: Ints, register: int, targe
 # ---- Images and planes -------------------------------------------------------------------------------------------
 
 
-_CALL = ((Arg.X, Arg.X_HERE), (Arg.Y, Arg.Y_HERE), (Arg.R, Arg.R_HERE), (Arg.IMAGES, Arg.IMAGES_LEFT))
+_CALL = (
+    (Arg.X, Arg.X_HERE), (Arg.Y, Arg.Y_HERE), (Arg.R, Arg.R_HERE), (Arg.W, Arg.W_HERE), (Arg.IMAGES, Arg.IMAGES_LEFT),
+)  # fmt: skip
 """What the call says, and the variables that go from band to band."""
 
 
@@ -145,8 +147,14 @@ def slots(task: Task) -> int:
 class Images:
     """What stands around the product: copies in and out, the loop over bands, the loop over images."""
 
-    def __init__(self, task: Task, window: Window, target: Target) -> None:
-        self.task, self.window, self.target = task, window, target
+    def __init__(
+        self, task: Task, window: Window, target: Target, channels: int | None = None, outputs: int | None = None,
+        weights: int = 0,
+    ) -> None:  # fmt: skip
+        """``weights``: bytes from the values of an image to those of the next, for images that are channels."""
+        self.task, self.window, self.target, self.weights = task, window, target, weights
+        self.channels = window.channels(task.pattern.cols) if channels is None else channels
+        self.outputs = task.pattern.rows if outputs is None else outputs
         self.x_copies = len(window.phases)
         self._band = -1
 
@@ -167,11 +175,10 @@ class Images:
             b.emit("s_add_arg", d=S.TMP, disp=image.byte)
             b.place(there)
             b.emit("s_put", a=S.TMP, disp=base.byte)
-        channels = self.window.channels(self.task.pattern.cols)
         for phase in range(self.x_copies):
-            self._copy_in(b, phase, channels, Arg.X_HERE, f"pack x {self.window.phases[phase]}", self.window.stride[1])
+            self._copy_in(b, phase, self.channels, Arg.X_HERE, f"pack x {self.window.phases[phase]}", self.window.stride[1])
         if self.task.residual:
-            self._copy_in(b, self.x_copies + 1, self.task.pattern.rows, Arg.R_HERE, "pack residual", 1)
+            self._copy_in(b, self.x_copies + 1, self.outputs, Arg.R_HERE, "pack residual", 1)
 
     def close(self, b: Builder) -> None:
         """At the end: y to the image; then the next band, then the next image."""
@@ -196,6 +203,10 @@ class Images:
         for register, slot, _ in moved:
             b.emit("s_put", a=register, disp=slot.byte)
         b.emit("s_put", a=S.T, disp=Arg.IMAGES_LEFT.byte)
+        if self.weights:
+            b.emit("s_arg", d=S.TMP, disp=Arg.W_HERE.byte)
+            b.emit("s_addi", d=S.TMP, disp=self.weights)
+            b.emit("s_put", a=S.TMP, disp=Arg.W_HERE.byte)
         b.emit("jump", disp=self._band)
         b.place(done)
 
@@ -237,9 +248,9 @@ class Images:
 
     def _copy_out(self, b: Builder, copy: int) -> None:
         """Rows of planes to the image."""
-        if not self.task.pattern.rows:
+        if not self.outputs:
             return
-        channel = self._channels(b, copy, self.task.pattern.rows, Arg.Y_HERE, "unpack y")
+        channel = self._channels(b, copy, self.outputs, Arg.Y_HERE, "unpack y")
         b.emit("s_mov", d=S.PX3, a=S.Y)
 
         def whole(b: Builder, image: S, plane: S) -> None:

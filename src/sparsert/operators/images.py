@@ -42,16 +42,19 @@ class ConvProduct(NativeProduct):
             binding.unit = 1
         return binding
 
-    def new_frame(self, key: tuple[int, ...], offset: int) -> Frame:
-        """Argument blocks for all bands of an image, all but the addresses filled in."""
+    def new_frame(self, key: tuple[int, ...], offset: int, one_channel: bool = False) -> Frame:
+        """Argument blocks for all bands of an image, all but the addresses filled in.
+
+        With ``one_channel`` there is a single band, and its planes have room for a channel.
+        """
         images, height, width = key[:3]
         x, phase_step, y, r = key[3:6], key[6], key[7:10], key[10:13]
         size = (height, width)
         geometry = Geometry(self.window, size, self.padding.resolve(size, self.window))
-        bands = self._bands(geometry)
+        bands = [geometry.band((0, geometry.out[0]))] if one_channel else self._bands(geometry)
         task, lanes = self.task, self.target.lanes
         m, phases = task.pattern.rows, len(self.window.phases)
-        channels = self.window.channels(task.pattern.cols)
+        channels = 1 if one_channel else self.window.channels(task.pattern.cols)
         # Copies of rows end in zeros that reach beyond: into what is written later, unless phases are copied in turn.
         beyond = lanes if phases > 1 else 0
         x_plane = _odd_lines(max(band.floats + (band.pitch + beyond if beyond else 0) for band in bands))
@@ -126,6 +129,7 @@ class ConvProduct(NativeProduct):
 
             for phase, (rows, cols) in enumerate(band.runs):
                 used = rows.count if cols.count else 0
+                flat = x[2] == 4 * band.pitch == 4 * cols.count and self.window.stride == (1, 1) and used > 0
                 column = self.window.phases[phase][1]
                 first = 4 * cols.first
                 if phase_step:
@@ -138,9 +142,9 @@ class ConvProduct(NativeProduct):
                     Move.FROM: rows.first * x[2] + first, Move.CHANNEL: x[1], Move.ROW: x[2] * self.window.stride[0],
                     Move.AT: addresses[Arg.X_PLANES] + 4 * phase * x_plane,
                     Move.SKIP: 4 * (rows.zeros * band.pitch + cols.zeros), Move.PLANE: 4 * phases * x_plane,
-                    Move.PITCH: 4 * band.pitch, Move.ROWS: used, Move.ABOVE: above,
+                    Move.PITCH: 4 * band.pitch, Move.ROWS: 1 if flat else used, Move.ABOVE: above,
                     Move.BELOW: 0 if whole or apart else -(-below * band.pitch // lanes),
-                }, cols.count)  # fmt: skip
+                }, cols.count * (used if flat else 1))  # fmt: skip
             outputs = [(phases, y, Arg.Y_PLANES)] + [(phases + 1, r, Arg.R_PLANES)] * (task.residual is not None)
             for copy, steps, slot in outputs:
                 move(copy, {

@@ -24,7 +24,7 @@ class Executable:
 class Frame:
     """What one call needs to itself: its argument block and its scratch, both starting cache lines."""
 
-    __slots__ = ("_block", "address", "scratch", "slots")
+    __slots__ = ("_block", "address", "kept", "scratch", "slots")
 
     def __init__(self, slots: int, scratch_floats: int) -> None:
         self.slots: NDArray[np.int64] = aligned_empty(slots, np.int64)
@@ -32,6 +32,7 @@ class Frame:
         self._block = self.slots.data.cast("B")
         self.address = address_of(self.slots)
         self.scratch: NDArray[np.float32] = aligned_empty(scratch_floats)
+        self.kept: object = None  # what else its slots point to
 
     def point(self, *addresses: int) -> None:
         """Write the first four slots: what differs from call to call."""
