@@ -10,7 +10,7 @@ from ..errors import ShapeError
 from ..kernels.activations import ACTIVATIONS
 from ..schedule.task import Task
 from ..sparsity.geometry import Geometry, Padding
-from ..sparsity.pattern import SparseMatrix, is_sparse
+from ..sparsity.pattern import SparseMatrix, is_sparse, require_finite
 from ..sparsity.taps import Window
 from .arrays import Array, as_input, empty, overlaps, packed_columns, same_view
 from .images import column_phases, origin
@@ -28,9 +28,9 @@ class CompiledConv(_Operator):
         residual: float32 like ``out``, exactly if compiled with ``residual=``.
     """
 
-    def __init__(self, compiled: Compiled, bias: Array | None, window: Window, padding: Padding) -> None:
+    def __init__(self, compiled: Compiled, bias: Array | None, window: Window, padding: Padding, axes: int = 2) -> None:
         super().__init__(compiled, bias)
-        self.window, self.padding = window, padding
+        self.window, self.padding, self.axes = window, padding, axes
 
     @property
     def channels(self) -> tuple[int, int]:
@@ -49,6 +49,10 @@ class CompiledConv(_Operator):
     def refit(self, new_weight: Any) -> None:
         """New values for the compiled pattern, as (O, C / groups, kh, kw) or as the matrix; see :class:`CompiledMatmul`."""
         super().refit(flat(new_weight))
+
+    def check(self, new_weight: Any) -> None:
+        """Raise what :meth:`refit` would, and change nothing."""
+        require_finite(self._pattern.values_of(flat(new_weight), "new_weight"), "new_weight")
 
     def _geometry(self, shape: tuple[int, ...]) -> Geometry:
         size = (shape[2], shape[3])
@@ -69,12 +73,14 @@ class CompiledConv(_Operator):
 
     def _run(self, x: Any, out: Any, residual: Any) -> tuple[Array, _Ready | None]:
         x = as_input(x, "x")
-        if x.ndim != 4 or x.shape[1] != self.channels[1]:
-            raise ShapeError(f"shape {x.shape} is not (B, C={self.channels[1]}, H, W)", where="x")
-        shape = self.out_shape(x.shape)
+        if x.ndim != 2 + self.axes or x.shape[1] != self.channels[1]:
+            size = "H, W" if self.axes == 2 else "L"
+            raise ShapeError(f"shape {x.shape} is not (B, C={self.channels[1]}, {size})", where="x")
+        *outer, rows, columns = self.out_shape(as_images(x).shape)
+        shape = (*outer, rows, columns) if self.axes == 2 else (*outer, columns)
         y = empty(shape) if out is None else self._output(out, shape, x)
         r = self._residual(residual, shape)
-        return y, self._images(x, y, r) if y.size else None
+        return y, self._images(as_images(x), as_images(y), None if r is None else as_images(r)) if y.size else None
 
     def _images(self, x: Array, y: Array, r: Array | None) -> _Ready | None:
         """Run, on copies where the kernel cannot take the arrays as they are; None if there were any."""
@@ -102,6 +108,11 @@ class CompiledConv(_Operator):
             part = x[..., origin(geometry, phase) :: stride]
             staged[..., index, : part.shape[-1]] = part
         return staged
+
+
+def as_images(array: Array) -> Array:
+    """(B, C, L) as (B, C, 1, L); images as they are."""
+    return array if array.ndim == 4 else array[:, :, None, :]
 
 
 def flat(weight: Any) -> Any:

@@ -108,7 +108,7 @@ class DepthwiseProduct(ConvProduct):
         """Image rows per block, and of them those behind which a tile reaches beyond the plane; None: not this way."""
         (rows, columns), lanes = geometry.out, self.target.lanes
         planes = len(self.window.phases) * geometry.band((0, rows)).floats
-        if planes > _MOST_PLANE:
+        if planes > _MOST_PLANE or rows * columns < lanes:
             return None
         parts = -(-rows // depthwise.most_rows(self.task, self.target))
         each = -(-rows // parts)
