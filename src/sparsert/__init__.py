@@ -14,7 +14,7 @@ from .schedule.schedule import Schedule
 
 __version__ = "0.1.0"
 __all__ = [
-    "Bound", "Clip", "CompiledConv", "CompiledConvTranspose", "CompiledLinear", "CompiledMatmul", "Schedule", "SparseRTError", "__version__", "compile_conv1d", "compile_conv2d",
-    "compile_conv_transpose2d",
-    "compile_linear", "compile_matmul", "errors", "target",
+    "Bound", "Clip", "CompiledConv", "CompiledConvTranspose", "CompiledLinear", "CompiledMatmul", "Schedule",
+    "SparseRTError", "__version__", "compile_conv1d", "compile_conv2d", "compile_conv_transpose2d", "compile_linear",
+    "compile_matmul", "errors", "target",
 ]  # fmt: skip

@@ -129,9 +129,9 @@ def _groups(groups: Any, matrix: SparseMatrix) -> int:
 
 
 def compile_conv_transpose2d(
-    weight: Any, bias: Any = None, activation: Any = None, *, stride: Any = 1, padding: Any = 0, output_padding: Any = 0,
-    dilation: Any = 1, groups: int = 1, residual: str | None = None, precision: str = "f32", target: str = "native",
-    threads: int | None = None, max_code_bytes: int | None = None,
+    weight: Any, bias: Any = None, activation: Any = None, *, stride: Any = 1, padding: Any = 0,
+    output_padding: Any = 0, dilation: Any = 1, groups: int = 1, residual: str | None = None, precision: str = "f32",
+    target: str = "native", threads: int | None = None, max_code_bytes: int | None = None,
 ) -> CompiledConvTranspose:  # fmt: skip
     """Compile ``y = act(conv_transpose2d(x, W) + b)``, as ``torch.nn.ConvTranspose2d``.
 
@@ -156,9 +156,7 @@ def compile_conv_transpose2d(
     if pads is None:
         raise UnsupportedError("a rule does not pad a transposed convolution", where="padding", hint="Give numbers.")
     dense = transposed_weight(weight, groups)
-    rows, columns = (
-        phases(k, a, b, p, e) for k, a, b, p, e in zip(dense.shape[2:], s, d, pads, extra, strict=True)
-    )
+    rows, columns = (phases(k, a, b, p, e) for k, a, b, p, e in zip(dense.shape[2:], s, d, pads, extra, strict=True))
     parts = []
     for row in rows:
         for column in columns:

@@ -23,12 +23,13 @@ MOST_ROWS = 14
 
 
 def fits(task: Task, target: Target) -> bool:
-    """Whether ``task`` is a depthwise convolution whose every channel has the whole kernel, and ``target`` has masks."""
+    """Whether ``task`` is depthwise with every channel's whole kernel in the pattern, and ``target`` has masks."""
     window = task.window
     if window is None or not window.masked or target.masks < window.kernel[1] or window.stride[1] > 2:
         return False
     places = window.kernel[0] * window.kernel[1]
-    own = window.groups == task.pattern.rows and task.pattern.cols == places and task.pattern.nnz == places * window.groups
+    p = task.pattern
+    own = window.groups == p.rows and p.cols == places and p.nnz == places * window.groups
     return own and most_rows(task, target) >= 4
 
 

@@ -176,7 +176,9 @@ class Images:
             b.place(there)
             b.emit("s_put", a=S.TMP, disp=base.byte)
         for phase in range(self.x_copies):
-            self._copy_in(b, phase, self.channels, Arg.X_HERE, f"pack x {self.window.phases[phase]}", self.window.stride[1])
+            self._copy_in(
+                b, phase, self.channels, Arg.X_HERE, f"pack x {self.window.phases[phase]}", self.window.stride[1]
+            )
         if self.task.residual:
             self._copy_in(b, self.x_copies + 1, self.outputs, Arg.R_HERE, "pack residual", 1)
 

@@ -47,7 +47,7 @@ class CompiledConv(_Operator):
         return shape[0], self._pattern.rows, rows, columns
 
     def refit(self, new_weight: Any) -> None:
-        """New values for the compiled pattern, as (O, C / groups, kh, kw) or as the matrix; see :class:`CompiledMatmul`."""
+        """New values for the compiled pattern, as (O, C / groups, kh, kw) or as the matrix."""
         super().refit(flat(new_weight))
 
     def check(self, new_weight: Any) -> None:
@@ -151,7 +151,7 @@ class ReferenceConv:
     def run(self, x: Array, y: Array, r: Array | None, columns: int) -> None:
         """Tap by tap over the stored entries; ``columns`` is the width of an image."""
         (values, bias), task, window = self._loaded, self.task, self.window
-        (height, rows), (sh, sw) = x.shape[2:4], window.stride
+        height, (sh, sw) = x.shape[2], window.stride
         geometry = Geometry(window, (height, columns), self.padding.resolve((height, columns), window))
         (top, bottom), (left, right) = geometry.pads
         h, w = geometry.out
@@ -169,7 +169,9 @@ class ReferenceConv:
                         ky, kx = divmod(place, window.kernel[1])
                         ky, kx = ky * window.dilation[0], kx * window.dilation[1]
                         plane = padded[o // per_group * channels + c]
-                        total += float(values[at]) * plane[ky : ky + (h - 1) * sh + 1 : sh, kx : kx + (w - 1) * sw + 1 : sw]
+                        total += (
+                            float(values[at]) * plane[ky : ky + (h - 1) * sh + 1 : sh, kx : kx + (w - 1) * sw + 1 : sw]
+                        )
                     if r is not None and task.residual == "before":
                         total += r[image, o]
                     if task.activation is not None:

@@ -34,7 +34,10 @@ class Phase:
 
 
 def phases(kernel: int, stride: int, dilation: int, pads: tuple[int, int], output_padding: int) -> tuple[Phase, ...]:
-    """The phases of an axis. Output ``q * stride + first`` reads input ``q + (first + pad - place * dilation) / stride``."""
+    """The phases of an axis.
+
+    Output ``q * stride + first`` reads input ``q + (first + pad - place * dilation) / stride``.
+    """
     beyond = dilation * (kernel - 1) + output_padding + 1 - sum(pads)  # outputs are (inputs - 1) * stride + this
     found = []
     for first in range(stride):
@@ -60,7 +63,9 @@ def transposed_weight(weight: Any, groups: int) -> Array:
     Raises:
         ShapeError: it has another rank, or its channels cannot be cut into groups.
     """
-    w = np.asarray(as_weight(weight) if hasattr(weight, "__dlpack__") and not isinstance(weight, np.ndarray) else weight)
+    w = np.asarray(
+        as_weight(weight) if hasattr(weight, "__dlpack__") and not isinstance(weight, np.ndarray) else weight
+    )
     if w.ndim != 4 or min(w.shape[2:]) < 1:
         raise ShapeError(f"shape {w.shape} is not (C, O / groups, kh, kw)", where="weight")
     if not isinstance(groups, (int, np.integer)) or groups < 1 or w.shape[0] % groups:
@@ -86,7 +91,9 @@ class CompiledConvTranspose:
         residual: float32 like ``out``, exactly if compiled with ``residual=``.
     """
 
-    def __init__(self, parts: tuple[Part, ...], stride: tuple[int, int], groups: int, channels: tuple[int, int]) -> None:
+    def __init__(
+        self, parts: tuple[Part, ...], stride: tuple[int, int], groups: int, channels: tuple[int, int]
+    ) -> None:
         self.parts, self.stride, self.groups, self.channels = parts, stride, groups, channels
 
     def out_shape(self, shape: tuple[int, ...]) -> tuple[int, int, int, int]:

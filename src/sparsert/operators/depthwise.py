@@ -9,7 +9,7 @@ import numpy as np
 
 from ..codegen.x86.assemble import assemble
 from ..kernels import depthwise
-from ..kernels.arguments import SLOTS, Arg, Move
+from ..kernels.arguments import Arg
 from ..runtime.cpu import Executable, Frame, address_of
 from ..runtime.memory import aligned_empty
 from ..sparsity.geometry import Geometry

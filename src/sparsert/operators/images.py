@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -102,7 +104,7 @@ class ConvProduct(NativeProduct):
                 s[start] = addresses[planes_at]
                 if direct[copy]:
                     pitches[1 + end] = steps[1]
-                    s[start], s[start - 2] = band.rows[0] * steps[2], 1
+                    s[start], s[start - 2] = band.rows[0] * steps[2] + 4 * band.columns[0], 1
             s[Arg.MASKS] = addresses[Arg.MASKS] + index * tiles * self.window.masks * 4 * lanes
             self._masks(band, columns, table[index])
             s[Arg.X_PITCH : Arg.X_TILE] = [pitch * n for pitch in pitches for n in (1, 3, 5, 7)]
@@ -113,7 +115,9 @@ class ConvProduct(NativeProduct):
             s[Arg.MORE], s[Arg.BACK] = index + 1 < len(bands), -8 * n_slots * (len(bands) - 1)
             s[Arg.IMAGES], s[Arg.X_IMAGE], s[Arg.Y_IMAGE], s[Arg.R_IMAGE] = images, x[0], y[0], r[0]
 
-            def move(copy: int, values: dict[Move, int], count: int, s: Array = s, index: int = index) -> None:
+            def move(
+                copy: int, values: dict[Move, int], count: int, s: NDArray[np.int64] = s, index: int = index
+            ) -> None:
                 """Fill the slots of a copy whose rows have ``count`` floats."""
                 vectors = max(count - 1, 0) // lanes
                 tail = count - vectors * lanes
@@ -142,7 +146,7 @@ class ConvProduct(NativeProduct):
                     Move.FROM: rows.first * x[2] + first, Move.CHANNEL: x[1], Move.ROW: x[2] * self.window.stride[0],
                     Move.AT: addresses[Arg.X_PLANES] + 4 * phase * x_plane,
                     Move.SKIP: 4 * (rows.zeros * band.pitch + cols.zeros), Move.PLANE: 4 * phases * x_plane,
-                    Move.PITCH: 4 * band.pitch, Move.ROWS: 1 if flat else used, Move.ABOVE: above,
+                    Move.PITCH: 4 * band.pitch * (used if flat else 1), Move.ROWS: 1 if flat else used, Move.ABOVE: above,
                     Move.BELOW: 0 if whole or apart else -(-below * band.pitch // lanes),
                 }, cols.count * (used if flat else 1))  # fmt: skip
             outputs = [(phases, y, Arg.Y_PLANES)] + [(phases + 1, r, Arg.R_PLANES)] * (task.residual is not None)
@@ -178,13 +182,13 @@ class ConvProduct(NativeProduct):
         if one > budget and columns > _LEAST_COLUMNS:
             parts = min(-(-one // budget), -(-columns // _LEAST_COLUMNS))
             cuts = [columns * i // parts for i in range(parts + 1)]
-            pairs = list(zip(cuts, cuts[1:], strict=False))
+            pairs = list(pairwise(cuts))
             return [geometry.band((row, row + 1), pair) for row in range(rows) for pair in pairs]
         per_row = max(1, (everything - one) // max(rows - 1, 1))
         most = max(1, 1 + (budget - one) // per_row)
         parts = -(-rows // most)
         cuts = [rows * i // parts for i in range(parts + 1)]
-        return [geometry.band(pair) for pair in zip(cuts, cuts[1:], strict=False)]
+        return [geometry.band(pair) for pair in pairwise(cuts)]
 
 
 def columns_of(bands: list[Band]) -> int:

@@ -16,8 +16,8 @@ LAYOUTS = ("row_major", "tile_major", "transposed")
 class Task:
     """``y = act(W @ x + b)``, with a residual added ``"before"`` or ``"after"`` the activation.
 
-    ``activation`` is a name of the activation table, with its parameters. With a ``window`` the task is a convolution over
-    padded planes: columns are the positions of a plane, x and y rows are planes.
+    ``activation`` is a name of the activation table, with its parameters. With a ``window`` the task is a
+    convolution over padded planes: columns are the positions of a plane, rows of x and y are planes.
     """
 
     pattern: Pattern

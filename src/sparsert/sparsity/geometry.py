@@ -2,8 +2,8 @@
 
 A plane holds the rows of one input channel one behind the other, ``pitch`` floats apart; the zeros between two rows
 pad the end of one and the start of the next. Output (r, c) is position ``r * pitch + c``, and its tap at kernel row
-and column (i, j) reads ``(r + i) * pitch + c + j``: the same distance for every output, across the ends of rows too. The
-positions between two output rows are computed as well and mean nothing. A strided convolution has a plane per phase:
+and column (i, j) reads ``(r + i) * pitch + c + j``: the same distance for every output, across rows too.
+The positions between two output rows are computed as well and mean nothing. A strided convolution has a plane per phase:
 rows and columns of the padded image taken ``stride`` apart.
 """
 
@@ -84,7 +84,7 @@ def _is_int(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class Run:
-    """The rows, or columns, of an image that one phase holds: ``zeros`` of padding, then ``count`` from ``first`` on."""
+    """Rows or columns of an image that a phase holds: ``zeros`` of padding, then ``count`` from ``first`` on."""
 
     zeros: int
     first: int
@@ -109,8 +109,8 @@ class Geometry:
         padded = [n + a + b for n, (a, b) in zip(self.size, self.pads, strict=True)]
         if any(n < span for n, span in zip(padded, self.window.span, strict=True)):
             raise ShapeError(
-                f"an image of {self.size[0]} x {self.size[1]}, padded to {padded[0]} x {padded[1]}, is smaller than the "
-                f"{self.window.span[0]} x {self.window.span[1]} that a kernel spans",
+                f"an image of {self.size[0]} x {self.size[1]}, padded to {padded[0]} x {padded[1]}, is smaller than "
+                f"the {self.window.span[0]} x {self.window.span[1]} that a kernel spans",
                 where="x",
                 hint="Use larger images or more padding.",
             )
@@ -162,7 +162,7 @@ class Band:
     @cached_property
     def pitch(self) -> int:
         """Floats between rows of a plane."""
-        if self.geometry.window.masked:
+        if self.geometry.window.masked and self.columns == (0, self.geometry.out[1]):
             return self.out[1]
         needed = self.out[1] + self.geometry.reach[1]
         gaps = [run.count + max(run.zeros, needed - run.zeros - run.count) for _, run in self.runs]
