@@ -6,11 +6,11 @@ import faulthandler
 import sys
 
 import numpy as np
-from fuzz.guard import Buffers, guarded
-from unit.test_convolution import close, convolve, drawn, pruned
 
 import sparsert
+from fuzz.guard import Buffers, guarded
 from sparsert.runtime.host import host_report
+from unit.test_convolution import close, convolve, drawn, pruned
 
 
 def main() -> int:

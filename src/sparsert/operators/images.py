@@ -146,8 +146,8 @@ class ConvProduct(NativeProduct):
                     Move.FROM: rows.first * x[2] + first, Move.CHANNEL: x[1], Move.ROW: x[2] * self.window.stride[0],
                     Move.AT: addresses[Arg.X_PLANES] + 4 * phase * x_plane,
                     Move.SKIP: 4 * (rows.zeros * band.pitch + cols.zeros), Move.PLANE: 4 * phases * x_plane,
-                    Move.PITCH: 4 * band.pitch * (used if flat else 1), Move.ROWS: 1 if flat else used, Move.ABOVE: above,
-                    Move.BELOW: 0 if whole or apart else -(-below * band.pitch // lanes),
+                    Move.PITCH: 4 * band.pitch * (used if flat else 1), Move.ROWS: 1 if flat else used,
+                    Move.ABOVE: above, Move.BELOW: 0 if whole or apart else -(-below * band.pitch // lanes),
                 }, cols.count * (used if flat else 1))  # fmt: skip
             outputs = [(phases, y, Arg.Y_PLANES)] + [(phases + 1, r, Arg.R_PLANES)] * (task.residual is not None)
             for copy, steps, slot in outputs:

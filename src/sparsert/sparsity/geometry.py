@@ -3,8 +3,8 @@
 A plane holds the rows of one input channel one behind the other, ``pitch`` floats apart; the zeros between two rows
 pad the end of one and the start of the next. Output (r, c) is position ``r * pitch + c``, and its tap at kernel row
 and column (i, j) reads ``(r + i) * pitch + c + j``: the same distance for every output, across rows too.
-The positions between two output rows are computed as well and mean nothing. A strided convolution has a plane per phase:
-rows and columns of the padded image taken ``stride`` apart.
+The positions between two output rows are computed as well and mean nothing. A strided convolution has a plane per
+phase: rows and columns of the padded image taken ``stride`` apart.
 """
 
 from __future__ import annotations
