@@ -5,7 +5,7 @@
 
 Best dense is the fastest of oneDNN (through PyTorch, NCHW and NHWC, weights packed), ONNX Runtime and OpenVINO in
 float32, each with the algorithm that it chooses itself, Winograd's included. All are timed in the same rounds; figures
-are medians of ratios within a round. The 512@7 layers have uniform random patterns: the published weights lack that layer.
+are medians of ratios within a round. The 512@7 layers have uniform random patterns: the published weights lack them.
 """
 
 from __future__ import annotations
