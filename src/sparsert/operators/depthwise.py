@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..codegen.x86.assemble import assemble
+from ..codegen.assemble import assemble
 from ..kernels import depthwise
 from ..kernels.arguments import Arg
 from ..runtime.cpu import Executable, Frame, address_of

@@ -23,7 +23,7 @@ _MOST_CLUSTERED = 4096  # rows: grouping takes about 15 us a row
 
 def code_bytes(task: Task, target: Target) -> float:
     """An estimate of the code: a multiply-add per nonzero and its share of loads."""
-    per_nonzero = 9.5 if target.embedded_broadcast else 17.0
+    per_nonzero = 7.0 if target.by_element else 9.5 if target.embedded_broadcast else 17.0
     return per_nonzero * task.pattern.nnz
 
 
