@@ -144,7 +144,7 @@ def compile_listing(
 ) -> str:  # fmt: skip
     """The machine code of a layer as text, for any target and on any machine: nothing is executed."""
     matrix = as_sparse(weight)
-    task, _ = _task(matrix, bias, activation, residual, "f32", layout)
+    task, _ = make_task(matrix, bias, activation, residual, "f32", layout)
     found = host.lookup(target)
     if found.isa == "reference":
         raise UnsupportedError(
@@ -160,17 +160,27 @@ def _compile(
     threads: int | None, layout: str, schedule: Schedule | None, max_code_bytes: int | None, form: str | None,
 ) -> _Kind:  # fmt: skip
     started = time.perf_counter()
+    matrix = as_sparse(weight)
+    task, b = make_task(matrix, bias, activation, residual, precision, layout)
+    return kind(build(task, matrix.values, b, target, threads, schedule, max_code_bytes, started), b)
+
+
+def build(
+    task: Task, values: Array, bias: Array | None, target: str, threads: int | None, schedule: Schedule | None,
+    max_code_bytes: int | None, started: float, native: Callable[..., NativeProduct] = NativeProduct,
+    reference: Callable[[Task], Product] = ReferenceProduct,
+) -> Compiled:  # fmt: skip
+    """From a task to what an operator holds."""
     permitted = _threads(threads)
     found = host.resolve(target)
-    matrix = as_sparse(weight)
-    task, b = _task(matrix, bias, activation, residual, precision, layout)
+    nnz = task.pattern.nnz
     _check_schedule(schedule)
     permitted_bytes = _budget(max_code_bytes)
     chosen: Schedule | DenseSchedule | None
     note: Callable[[], str]
     dense_reason = _dense(form, task, found, schedule)
     if found.isa == "reference":
-        product: Product = ReferenceProduct(task)
+        product: Product = reference(task)
         chosen, reason, code_bytes, instructions, reuse, list_code = None, "", 0, 0, 0.0, _no_listing
         note = partial(_one_thread, "the reference target")
     elif dense_reason:
@@ -197,8 +207,7 @@ def _compile(
         def list_code() -> str:
             return listing(matmul.generate(task, fixed, found).program, found.isa)
 
-    product.load(matrix.values, b)
-    nnz = matrix.pattern.nnz
+    product.load(values, bias)
     value_bytes = 4 * (nnz + (task.pattern.rows if task.bias else 0))
     per_nonzero = (code_bytes + value_bytes) / max(1, nnz) if code_bytes else 0.0
     seconds = time.perf_counter() - started
@@ -252,9 +261,14 @@ def _part(task: Task, target: Target, schedule: Schedule | None, first: int, las
     return NativeProduct(part, chosen, target, kernel, Executable(assemble(kernel.program, target.isa).code))
 
 
-def _task(
+def make_task(
     matrix: SparseMatrix, bias: Any, activation: Any, residual: str | None, precision: str, layout: str
 ) -> tuple[Task, Array | None]:
+    """The task that arguments of the compile functions describe, and its bias.
+
+    Raises:
+        ShapeError, DTypeError, ValueRangeError, UnsupportedError: what is wrong with an argument.
+    """
     if not isinstance(precision, str) or precision not in PRECISIONS:
         raise UnsupportedError(
             f"unknown precision {precision!r}", where="precision", hint=f"Known: {', '.join(PRECISIONS)}."

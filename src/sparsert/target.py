@@ -22,6 +22,7 @@ class Target:
         scratch: how many vector registers, the last ones, element-wise code leaves to sequences of its instruction set.
         machine: what this code runs on, as the platform names it.
         needs: CPU features (as CPUID or the system names them) without which the code faults.
+        masks: mask registers that loads of the accumulate loop may use.
         l1i, l1d, l2: bytes of cache per core.
     """
 
@@ -35,6 +36,7 @@ class Target:
     addend_only: bool = False
     scratch: int = 0
     machine: str = "x86-64"
+    masks: int = 0
     l1i: int = 32 << 10
     l1d: int = 32 << 10
     l2: int = 1 << 20
@@ -48,7 +50,7 @@ class Target:
 TARGETS = {
     t.name: t
     for t in (
-        Target("x86-avx512", "x86-avx512", 16, 32, True, ("avx512f", "avx512bw", "avx512dq", "avx512vl")),
+        Target("x86-avx512", "x86-avx512", 16, 32, True, ("avx512f", "avx512bw", "avx512dq", "avx512vl"), masks=5),
         Target("x86-avx2", "x86-avx2", 8, 16, False, ("avx2", "fma")),
         Target(
             "aarch64-neon",

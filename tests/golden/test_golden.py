@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import difflib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from sparsert.codegen.assemble import ISAS, listing
 from sparsert.kernels import activations, matmul
 from sparsert.schedule.task import Task
 from sparsert.sparsity.pattern import as_sparse
+from sparsert.sparsity.taps import Window
 from sparsert.target import TARGETS
 
 HERE = Path(__file__).parent
@@ -33,6 +35,7 @@ class Golden(NamedTuple):
     bias: bool = False
     activation: Any = None
     residual: str | None = None
+    window: Window | None = None
 
 
 TASKS = {
@@ -62,6 +65,12 @@ TASKS = {
     "hardswish": Golden(("x.", ".x"), Schedule(1), "tile_major", activation="hardswish"),
     "silu": Golden(("x.", ".x"), Schedule(2), "tile_major", activation="silu"),
     "gelu": Golden(("x",), Schedule(1), "tile_major", activation="gelu"),
+    "conv": Golden(("x........x....x...", "...x............x."), Schedule(2), window=Window((3, 3))),
+    "conv_masked": Golden(("x.......x", ".x....x.."), Schedule(2), window=Window((3, 3), masked=True)),
+    "conv_strided": Golden(("x...x...x",), Schedule(1), bias=True, window=Window((3, 3), (2, 2))),
+    "conv_packed": Golden(
+        ("x...x...x", "x.......x"), Schedule(1, packing="beside"), residual="after", window=Window((3, 3))
+    ),
     "gelu_tanh": Golden(("x",), Schedule(1), "tile_major", activation="gelu_tanh"),
 }
 
@@ -70,7 +79,10 @@ def listed(golden: Golden, isa: str) -> str:
     rows = [[float(mark == "x") for mark in row] for row in golden.pattern]
     pattern = as_sparse(np.array(rows, np.float32).reshape(len(rows), -1)).pattern
     found, parameters = activations.parse(golden.activation)
-    task = Task(pattern, golden.bias, found.name if found else None, parameters, golden.residual, golden.layout)
+    task = Task(pattern, golden.bias, found.name if found else None, parameters, golden.residual, golden.layout,
+                golden.window)  # fmt: skip
+    if golden.window and golden.window.masks > TARGETS[isa].masks:
+        task = replace(task, window=replace(golden.window, masked=False))
     head = [f"# {pattern.rows}x{pattern.cols}, {golden.layout}, {golden.schedule}"]
     head += [f"#   {row}" for row in golden.pattern if len(row) < 40]
     return "\n".join(head) + "\n" + listing(matmul.generate(task, golden.schedule, TARGETS[isa]).program, isa)

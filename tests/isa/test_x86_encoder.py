@@ -22,7 +22,7 @@ DRAWS = 150  # per row, encoding and kind of operand
 EVEX = (EVEX128, EVEX256, EVEX512)
 LEGAL = {"L": (LEGACY,), "V": (VEX128, VEX256), "E": EVEX}
 RSP = 4
-NOT_IN_128_BITS = ("vinsertf32x4", "vextractf32x4")
+NOT_IN_128_BITS = ("vinsertf32x4", "vextractf32x4", "vpermpd_imm", "vshuff64x2")
 BRANCHES = tuple(name for name, row in ROWS.items() if row.operands == "b")
 REGISTERS_ONLY = ("vpslld_vex", "vpmovd2m")  # sources the architecture does not read from memory
 FIXED_RM = {"endbr64": 2, "xgetbv": 0}  # opcodes that look like an operand
@@ -72,7 +72,7 @@ def seeded(text: str, request: pytest.FixtureRequest) -> np.random.Generator:
 
 def encodings(name: str) -> list[int]:
     found = [e for letter in ROWS[name].encodings for e in LEGAL[letter]]
-    return [e for e in found if not (e == EVEX128 and name in NOT_IN_128_BITS)]
+    return [e for e in found if not (e in (EVEX128, VEX128) and name in NOT_IN_128_BITS)]
 
 
 def displacements(rng: np.random.Generator, n: int, unit: int) -> np.ndarray:

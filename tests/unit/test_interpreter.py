@@ -181,6 +181,7 @@ def test_select_by_sign_bit_and_zips_within_four_lanes() -> None:
     assert apply("zip_hi", a, b) == [2, 12, 3, 13, 6, 16, 7, 17]
     assert apply("zip2_lo", a, b) == [0, 1, 10, 11, 4, 5, 14, 15]
     assert apply("zip2_hi", a, b) == [2, 3, 12, 13, 6, 7, 16, 17]
+    assert apply("evens", a, b) == [0, 2, 4, 6, 10, 12, 14, 16]
 
 
 def nearest(exact: Fraction) -> np.float32:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sparsert.codegen import interpreter
 from sparsert.codegen.vector import COLUMNS, OP, OPS, PITCH_OF, Builder, S, check
 from sparsert.codegen.x86.encoder import EVEX512, VEX256
 from sparsert.codegen.x86.lower import GPR, RECIPES
@@ -25,8 +26,8 @@ def test_the_vocabulary_is_numbered_and_named_once() -> None:
     assert [OP[op.name] for op in OPS] == list(range(len(OPS)))
     assert {op.name for op in OPS if "m" in op.form} == {
         "load", "store", "bcast", "fma_bcast", "mul_bcast", "load4", "insert4", "store4", "set_mask", "load_mask",
-        "store_mask", "prefetch", "s_load", "s_store", "s_exchange", "s_fetch_add",
-        "s_replace",
+        "store_mask", "prefetch", "s_load", "s_store", "s_exchange", "s_fetch_add", "s_replace", "mask_from",
+        "load_by_mask",
     }  # fmt: skip
     assert all(set(op.form) <= set("dabmi") and len(set(op.form)) == len(op.form) for op in OPS)
 
@@ -35,8 +36,8 @@ def test_each_encoding_has_a_recipe_for_what_kernels_may_emit_there() -> None:
     everything = {op.name for op in OPS}
     everything -= {"fma_lane", "mul_lane"}  # elements of registers: nothing on x86 multiplies by one
     assert set(RECIPES[EVEX512]) == everything
-    assert set(RECIPES[VEX256]) == everything - {"fma_bcast", "mul_bcast"}, (
-        "AVX2 broadcasts in an instruction of its own"
+    assert set(RECIPES[VEX256]) == everything - {"fma_bcast", "mul_bcast", "mask_from", "load_by_mask"}, (
+        "AVX2 broadcasts in an instruction of its own, and has no mask registers"
     )
 
 
@@ -111,3 +112,21 @@ def test_labels_have_one_place_each(placed: list[int]) -> None:
         b.place(label)
     with pytest.raises(InternalError, match="exactly once"):
         check(b.finish())
+
+
+def test_numbered_masks_select_lanes() -> None:
+    """A masked load reads the lanes of its mask alone: others may lie outside of memory."""
+    b = Builder()
+    b.emit("s_arg", d=S.TMP, disp=0)
+    b.emit("mask_from", d=2, ptr=S.TMP)
+    b.emit("s_arg", d=S.X, disp=8)
+    b.emit("load_by_mask", d=0, b=2, ptr=S.X)
+    b.emit("s_arg", d=S.Y, disp=16)
+    b.emit("store", a=0, ptr=S.Y)
+    b.emit("leave")
+    mask, x, y = np.array([0, -1, -1, 0], np.int32), np.array([5, 7], np.float32), np.full(4, 9, np.float32)
+    args = np.array([1 << 12, (1 << 16) - 4, 1 << 20], np.int64)
+    interpreter.run(b.finish(), 4, args, {"mask": interpreter.region(1 << 12, mask),
+                                          "x": interpreter.region(1 << 16, x),
+                                          "y": interpreter.region(1 << 20, y)})  # fmt: skip
+    assert y.tolist() == [0, 5, 7, 0]

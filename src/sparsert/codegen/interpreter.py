@@ -120,6 +120,7 @@ LANES: dict[str, Callable[[Lanes, Lanes, Lanes], Lanes]] = {
     "zip_hi": lambda d, a, b: _zip(a, b, 1, 1),  # a2 b2 a3 b3
     "zip2_lo": lambda d, a, b: _zip(a, b, 0, 2),  # a0 a1 b0 b1
     "zip2_hi": lambda d, a, b: _zip(a, b, 1, 2),  # a2 a3 b2 b3
+    "evens": lambda d, a, b: np.concatenate([a[::2], b[::2]]),
 }
 _READS_D = ("fma_acc", "fma_mul", "fnma_acc", "fnma_mul", "select_neg")
 
@@ -137,6 +138,7 @@ class Machine:
         self.vector: dict[int, Lanes] = {}
         self.scalar: dict[int, int] = {int(S.ARGS): here & _WORD}
         self.mask: NDArray[np.bool_] | None = None
+        self.masks: dict[int, NDArray[np.bool_]] = {}
         self.calls: list[int] = []
         self.at = 0
         self.done = False
@@ -224,6 +226,19 @@ def _load_mask(m: Machine, r: Row) -> None:
     d = np.zeros(m.lanes, np.float32)
     for i, raw in m.masked(r):
         d[i] = raw.view(np.float32)[0]
+    m.vector[r.d] = d
+
+
+def _mask_from(m: Machine, r: Row) -> None:
+    m.masks[r.d] = _bits(m.read(r, m.lanes)) >> 31 != 0
+
+
+def _load_by_mask(m: Machine, r: Row) -> None:
+    if r.b not in m.masks:
+        raise m.fail(f"mask {r.b} is used before it is set")
+    d, start = np.zeros(m.lanes, np.float32), m.address(r)
+    for i in np.flatnonzero(m.masks[r.b]).tolist():
+        d[i] = m.bytes(start + 4 * i & _WORD, 4).view(np.float32)[0]
     m.vector[r.d] = d
 
 
@@ -350,6 +365,8 @@ EFFECTS: dict[str, Callable[[Machine, Row], None]] = {
     "set_mask": _set_mask,  # the sign bits of a vector in memory
     "load_mask": _load_mask,  # zero where the mask is off
     "store_mask": _store_mask,
+    "mask_from": _mask_from,  # one of several masks, d, from the sign bits of a vector in memory
+    "load_by_mask": _load_by_mask,  # zero where mask b is off
     "prefetch": _prefetch,
     "s_arg": lambda m, r: m.put(r.d, _slot_value(m, r)),
     "s_put": _put_slot,

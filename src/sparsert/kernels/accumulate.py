@@ -17,6 +17,7 @@ from ..codegen.vector import COLUMNS, OP, Columns, S
 from ..schedule.schedule import Schedule
 from ..sparsity.taps import Taps
 from ..target import Target
+from . import planes
 from .handover import Handover
 from .plan import Plan
 
@@ -65,8 +66,12 @@ def accumulate(
     begins, anew, idle = _begins(p, cells, schedule.rows, handover.task.bias)
     cell, started = cells[begins].astype(np.int64), p.accumulator[begins]
     stores = started < handover.deferred
-    k, loaded = taps.pitch[p.taps].astype(np.int64), np.flatnonzero(p.fresh)
+    k, loaded = taps.key[p.taps], np.flatnonzero(p.fresh)
     in_place, kept, copied = _packing(p, k, loaded, packing)
+    if handover.task.window and not tiled:
+        in_place = loaded
+    window = handover.task.window
+    walk = planes.walk(taps, window, k[in_place], cells[in_place]) if window else None
     per_tap = p.fresh + np.int64(1 + broadcast)
     per_tap[kept] += 1
     vector, opening = _weights(p, cells, target.lanes if by_element else 0)
@@ -80,6 +85,8 @@ def accumulate(
     for touched in touching:
         per_tap[touched] += 1
     per_tap[begins] += np.add(stores, ~anew, dtype=np.int64)
+    if walk is not None:
+        per_tap[in_place] += walk.moves
     end = np.cumsum(per_tap)
     total = int(end[-1]) if n else 0
     c: Columns = {name: np.zeros(total, kind) for name, kind in COLUMNS.items()}
@@ -99,10 +106,14 @@ def accumulate(
         lines[pointer] = np.diff(starts)
         line = np.arange(touched.size) - np.repeat(starts[:-1], lines[pointer])
         put(touched, op=OP["prefetch"], ptr=pointer, disp=line * LINE)
+    for some, columns in walk.rows() if walk is not None else ():
+        put(in_place[some], **columns)
     places = at[in_place]
     where = {"disp": k[loaded] * target.tile_bytes} if tiled else {"step": k[loaded]}
     put(loaded, op=OP["load"], d=source, ptr=S.X, **where)
-    c["step"][places], c["disp"][places] = k[in_place], 0
+    in_rows = {"step": k[in_place], "disp": 0} if walk is None else walk.load
+    for name, column in in_rows.items():
+        c[name][places] = column
     put(kept, op=OP["store"], a=source, ptr=S.PANEL, disp=k[kept] * target.tile_bytes)
     put(begins[stores], **handover.store(cell[stores], started[stores]))
     put(begins[~anew], **handover.start(cell[~anew], started[~anew]))

@@ -58,6 +58,26 @@ class Arg(IntEnum):
     PT = auto()
     BEHIND = auto()  # address and pitch of results that wait in the accumulators
     BEHIND_PITCH = auto()
+    X_PLANES = auto()  # convolutions: scratch planes of x, residual and y,
+    R_PLANES = auto()
+    Y_PLANES = auto()
+    X_PLANE = auto()  # bytes from plane to plane of x,
+    MORE = auto()  # whether another band of rows follows, with an argument block of its own behind this one,
+    BACK = auto()  # bytes from the last band's block to the first,
+    IMAGES = auto()  # how many images,
+    X_IMAGE = auto()  # and bytes from image to image
+    Y_IMAGE = auto()
+    R_IMAGE = auto()
+    MASKS = auto()  # a table of masks by tile
+    Y_DIRECT = auto()  # whether results go to the image itself, or to planes first
+    R_DIRECT = auto()
+    Y_START = auto()  # the offset of the band's first row in the image, or the address of the planes
+    R_START = auto()
+    IMAGES_LEFT = auto()  # variables again: images left, addresses of the current one
+    X_HERE = auto()
+    Y_HERE = auto()
+    R_HERE = auto()
+    W_HERE = auto()
 
     @property
     def byte(self) -> int:
@@ -65,3 +85,23 @@ class Arg(IntEnum):
 
 
 SLOTS = len(Arg)
+
+
+class Move(IntEnum):
+    """Slots of one copy between rows of an image and rows of a plane; a convolution has several, behind ``Arg``'s."""
+
+    FROM = 0  # offset of the first row of the image,
+    CHANNEL = auto()  # bytes from channel to channel of the image,
+    ROW = auto()  # and from row to row
+    AT = auto()  # address of the first plane,
+    SKIP = auto()  # offset of the first row in it,
+    PLANE = auto()  # bytes from plane to plane,
+    PITCH = auto()  # and from row to row
+    ROWS = auto()
+    VECTORS = auto()  # whole vectors of a row, in front of the last one, which the mask cuts
+    MASK = auto()  # address of the mask
+    ABOVE = auto()  # vectors of zeros at the top of a plane
+    BELOW = auto()  # and behind the last row
+
+    def byte(self, copy: int) -> int:
+        return 8 * (SLOTS + copy * len(Move) + int(self))

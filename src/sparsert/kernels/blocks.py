@@ -15,7 +15,7 @@ from ..codegen.vector import OP, Builder, S
 from ..schedule.schedule import Schedule
 from ..schedule.task import Task
 from ..target import Target
-from . import epilogue
+from . import epilogue, planes
 from .accumulate import LINE, Body
 from .arguments import Arg
 from .handover import Handover
@@ -101,10 +101,16 @@ class Blocks:
         if self._packs(cell):
             self._in_place.point(b, S.X)
             x.point(b, S.PANEL)
+            if self.task.window:
+                planes.load_masks(b, self.task.window, self.target)
             if cell in c.copied:
                 self._copy(b, c.copied[cell])
+                if self.task.window:
+                    self._in_place.point(b, S.X)
         else:
             x.point(b, S.X)
+            if self.task.window and not self.tiled:
+                planes.load_masks(b, self.task.window, self.target)
         b.emit("s_arg", d=S.W, disp=Arg.W.byte)
         if later:
             sums.point(b, S.CONST)
@@ -168,13 +174,18 @@ class Blocks:
         b.place(tile)
         for cursor, register in zip(cursors, (S.X, S.PANEL), strict=True):
             cursor.point(b, register)
+        if self.task.window:
+            planes.load_masks(b, self.task.window, self.target)
         self._copy(b, k)
         for cursor in cursors:
             cursor.advance(b)
         b.emit("loop", a=S.T, disp=tile)
 
     def _copy(self, b: Builder, k: NDArray[np.int64]) -> None:
-        """Rows ``k`` of the current tile of x to the panel."""
+        """Rows ``k`` of the current tile of x to the panel; X is moved where they lie in planes."""
+        if self.task.window:
+            planes.copy(b, self.task.taps, self.task.window, k, self.schedule.rows, self.target)
+            return
         stores, register = np.tile([False, True], k.size), self.schedule.rows
         k = np.repeat(k, 2)
         b.emit_many(
@@ -198,13 +209,14 @@ class Blocks:
     @cached_property
     def _in_place(self) -> Cursor:
         """Over the tiles of x in rows of the caller's."""
-        return Cursor(Arg.XT, Arg.X, Arg.X_NEXT, self.target.tile_bytes, Arg.X_LAST)
+        base = Arg.X_PLANES if self.task.window else Arg.X
+        return Cursor(Arg.XT, base, Arg.X_NEXT, self.target.tile_bytes, Arg.X_LAST)
 
     @cached_property
     def _cursors(self) -> tuple[Cursor, Cursor, Cursor, Cursor]:
         """Over the tiles of x, y, the residual, and the sums carried between segments."""
         tile = self.target.tile_bytes
-        rows, columns = self.task.pattern.rows * tile, self.task.pattern.cols * tile
+        rows, columns = self.task.pattern.rows * tile, self.task.extent * tile
         partial = Cursor(Arg.PT, Arg.PARTIAL, Arg.ZERO, rows)
         if self.task.layout == "tile_major":
             height = self.task.height * tile or rows
@@ -218,9 +230,10 @@ class Blocks:
             y = TRANSPOSED_Y if self.scatters else Cursor(Arg.YT, Arg.Y_PANEL, Arg.ZERO, rows)
         else:
             x = Cursor(Arg.PANEL_T, Arg.PANEL, Arg.ZERO, columns) if self.packing != "none" else self._in_place
+            y_base, r_base = (Arg.Y_PLANES, Arg.R_PLANES) if self.task.window else (Arg.Y, Arg.R)
             y, r = (
-                Cursor(Arg.YT, Arg.Y, Arg.Y_NEXT, tile, Arg.Y_LAST),
-                Cursor(Arg.RT, Arg.R, Arg.R_NEXT, tile, Arg.R_LAST),
+                Cursor(Arg.YT, y_base, Arg.Y_NEXT, tile, Arg.Y_LAST),
+                Cursor(Arg.RT, r_base, Arg.R_NEXT, tile, Arg.R_LAST),
             )
         return x, y, r, partial
 

@@ -11,9 +11,9 @@ from ..codegen.vector import Builder, Program, S, check
 from ..schedule.schedule import Schedule
 from ..schedule.task import Task
 from ..sparsity.reorder import ORDERS
-from ..sparsity.taps import Taps, matmul_taps
+from ..sparsity.taps import Taps
 from ..target import Target
-from . import epilogue, layout
+from . import epilogue, layout, planes
 from .accumulate import accumulate
 from .arguments import Arg
 from .blocks import Blocks
@@ -74,8 +74,7 @@ def generate(task: Task, schedule: Schedule, target: Target) -> Kernel:
         ScheduleError: the schedule does not fit the target's registers.
     """
     schedule.check(target, spare(task, target))
-    rows, extent = task.pattern.shape
-    taps = matmul_taps(task.pattern)
+    rows, extent, taps = task.pattern.rows, task.extent, task.taps
     order = ORDERS[schedule.order](task.pattern, schedule.rows)
     scatters = _scatters(task) and schedule.order == "natural" and schedule.rows >= 4
     p = plan(taps, extent, order, schedule, task.bias, 4 if scatters else 1)
@@ -86,7 +85,10 @@ def generate(task: Task, schedule: Schedule, target: Target) -> Kernel:
     transposes = task.layout == "transposed"  # between groups, which overwrites what waits in the accumulators
     body = accumulate(taps, p, schedule, target, tiled, packing, handover)
     done, group = b.label("done"), b.label("next group of tiles")
+    images = planes.Images(task, task.window, target) if task.window else None
     b.emit("enter")
+    if images is not None:
+        images.open(b)
     for source, variable in (
         (Arg.START, Arg.X_NEXT),
         (Arg.START, Arg.Y_NEXT),
@@ -125,6 +127,8 @@ def generate(task: Task, schedule: Schedule, target: Target) -> Kernel:
     b.place(done)
     if handover.chained and not transposes:
         handover.close(b)
+    if images is not None:
+        images.close(b)
     b.emit("leave")
     program = b.finish()
     check(program)

@@ -69,7 +69,7 @@ def plan(taps: Taps, extent: int, order: NDArray[np.int64], schedule: Schedule, 
     block_of = np.repeat(np.arange(n_blocks), np.diff(blocks))
     inside = np.arange(taps.rows) - blocks[:-1][block_of] if taps.rows else np.zeros(0, np.int64)
     tap_position = position[taps.row]
-    block, k = block_of[tap_position], taps.pitch.astype(np.int64)
+    block, k = block_of[tap_position], taps.key
     cell = k // width * n_blocks + block if segments > 1 else block
     place = cell * max(extent, 1) + k
     executed = _lexsort(tap_position, place) if place.size and place.max() < _SHORT else _lexsort(tap_position, k, cell)

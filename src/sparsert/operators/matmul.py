@@ -203,7 +203,7 @@ class _Operator(ABC):
         sparse = f"{100 * (1 - p.density):.1f} % sparse"
         per_row = f"{p.row_min}..{p.row_max} per row, {p.empty_rows} empty rows"
         lines = [
-            f"{p.rows}x{p.cols} {form} product{tail}, x {t.layout}, target {c.target.name}",
+            f"{self._title()}{tail}, x {'images' if t.window else t.layout}, target {c.target.name}",
             f"pattern   {p.nnz} nonzeros ({sparse}), {per_row}",
         ]
         if c.schedule is not None:
@@ -216,6 +216,9 @@ class _Operator(ABC):
             ]
         lines += [f"threads   {c.threads_note()}", f"compiled  in {1e3 * s.compile_seconds:.1f} ms"]
         return "\n".join(lines)
+
+    def _title(self) -> str:
+        return f"{self.shape[0]}x{self.shape[1]} sparse product"
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.shape[0]}x{self.shape[1]} nnz={self.stats.nnz} target={self.target}>"

@@ -56,7 +56,7 @@ class Binding:
 
     __slots__ = ("by_x", "free", "key", "owner", "unit", "values")
 
-    def __init__(self, product: NativeProduct, key: tuple[int, int, int, int]) -> None:
+    def __init__(self, product: NativeProduct, key: tuple[int, ...]) -> None:
         self.owner, self.key = weakref.ref(product), key  # no cycle: code is unmapped as soon as the operator is gone
         self.values = product.values
         self.free: dict[int, list[Call]] = {}  # by how far x or y is off the alignment that its rows share
@@ -87,7 +87,7 @@ class Binding:
             try:
                 frame, loaded = free.pop()
             except IndexError:
-                frame, loaded = owner.new_frame(*key, offset), None
+                frame, loaded = owner.new_frame(key, offset), None
             if loaded is not values[0]:
                 loaded = values[0]  # held with the frame: a refit meanwhile does not free what this call reads
                 frame.aim(xa, ya, ra, loaded.addresses)
@@ -179,7 +179,7 @@ class NativeProduct:
 
     def frame(self, binding: Binding, offset: int) -> Call:
         """A new frame for ``binding``, which is known from now on; too many, or too large, and all are forgotten."""
-        frame = self.new_frame(*binding.key, offset)
+        frame = self.new_frame(binding.key, offset)
         self._kept += frame.nbytes
         if len(self._bindings) >= _SHAPES or self._kept > _KEPT_BYTES:
             for other in list(self._bindings.values()):
@@ -189,8 +189,9 @@ class NativeProduct:
         self._bindings[binding.key] = binding
         return frame
 
-    def new_frame(self, columns: int, x_pitch: int, y_pitch: int, r_pitch: int, offset: int) -> Call:
+    def new_frame(self, key: tuple[int, ...], offset: int) -> Call:
         """What a call on arrays of these shapes and pitches needs, all but the addresses filled in."""
+        columns, x_pitch, y_pitch, r_pitch = key
         pitches, width, lanes = (x_pitch, y_pitch, r_pitch), self.target.tile_bytes, self.target.lanes
         # Rows whose pitch is a multiple of a tile share their alignment: with the first tile shifted, those behind it
         # no longer cross cache lines.
@@ -289,7 +290,7 @@ class NativeProduct:
     def _panels(self) -> dict[Arg, int]:
         """Rows of each scratch panel that a column tile needs."""
         task = self.task
-        m, k = task.pattern.shape
+        m, k = task.pattern.rows, task.extent
         staged = task.layout == "transposed"
         return {
             Arg.PANEL: k if staged or (self.schedule.packing != "none" and task.layout == "row_major") else 0,

@@ -25,7 +25,7 @@ class Executable:
 class Frame:
     """What one call needs to itself: its argument block and its scratch, both starting cache lines."""
 
-    __slots__ = ("_block", "address", "nbytes", "scratch", "slots")
+    __slots__ = ("_block", "address", "kept", "nbytes", "scratch", "slots")
 
     def __init__(self, slots: int, scratch_floats: int) -> None:
         self.slots: NDArray[np.int64] = aligned_empty(slots, np.int64)
@@ -34,6 +34,7 @@ class Frame:
         self.address = address_of(self.slots)
         self.scratch: NDArray[np.float32] = aligned_empty(scratch_floats)
         self.nbytes = self.scratch.nbytes
+        self.kept: object = None  # what else its slots point to
 
     def point(self, *addresses: int) -> None:
         """Write the first four slots: what differs from call to call."""

@@ -15,6 +15,8 @@ _PACKING_TAPS = 6  # packing a row of x pays from so many uses on
 _SEGMENT = 1024  # input rows per segment: its part of x stays in L2 and a block's code near L1
 _SEGMENT_TAPS = 2000  # ... if that leaves a block enough work to amortise carrying the sums
 _LOAD_BOUND = 0.06  # below this density loading x costs more than the multiply-adds: keep its tile in L1
+_CONV_SEGMENT = 768  # displacements per segment of a convolution,
+_CONV_TAPS = 700  # ... if that leaves a block so much work
 _CLUSTER = 0.055  # and below this one, it pays to group rows that share columns
 _ROW_TILES = 8  # tiles that go together where rows are far apart: whole stretches of a row come from memory at once
 _PREFETCH_CODE = 4  # times L1: code that comes from further away than L2 sooner or later
@@ -47,6 +49,8 @@ def code_bytes(task: Task, target: Target) -> float:
 
 def choose(task: Task, target: Target, spare: int) -> Schedule:
     """A schedule for ``task`` on ``target``, whose epilogue and inner loop leave ``spare`` registers unused."""
+    if task.window:
+        return _convolution(task, target, spare)
     pattern = task.pattern
     rows, columns = most_rows(target, spare), pattern.cols
     reused = pattern.rows > (_PACKING_BLOCKS - 1) * rows
@@ -75,6 +79,18 @@ def choose(task: Task, target: Target, spare: int) -> Schedule:
     )
 
 
+def _convolution(task: Task, target: Target, spare: int) -> Schedule:
+    """Loads of x, many of which cross cache lines, bound a convolution: rows that share them go together."""
+    pattern, rows, extent = task.pattern, most_rows(target, spare), task.extent
+    segments = -(-extent // _CONV_SEGMENT)
+    clustered = rows < pattern.rows <= _MOST_CLUSTERED and task.window is not None and task.window.groups == 1
+    return Schedule(
+        rows,
+        -(-extent // segments) if segments > 1 and rows * _CONV_SEGMENT * pattern.density >= _CONV_TAPS else 0,
+        order="overlap" if clustered else "natural",
+    )
+
+
 def _blocks_per_pass(m: int, rows: int, code: float, load_bound: bool, x_tile: int, target: Target) -> int:
     """Row blocks that pass over the tiles together: as many as fit the instruction cache well, if x fits L1 well."""
     room = target.l1i // 2
@@ -96,6 +112,8 @@ def tiles_per_group(task: Task, schedule: Schedule, target: Target, tiles: int) 
 def reason(task: Task, target: Target, schedule: Schedule) -> str:
     """Why :func:`choose` chose so, in a sentence or two."""
     pattern, kib = task.pattern, code_bytes(task, target) / 1024
+    if task.window:
+        return _convolution_reason(schedule)
     words = [f"{schedule.rows} accumulators leave registers for input, weights and epilogue"]
     if schedule.tiles or schedule.blocks != 1:
         what = f"{schedule.blocks} blocks of code pass" if schedule.blocks > 1 else "all code passes"
@@ -155,3 +173,10 @@ def split(task: Task, schedule: Schedule, target: Target, threads: int, tiles: i
     if by_rows and (tiles < 2 or time(nnz / parts, tiles) < _WORTH * time(nnz, -(-tiles // parts))):
         return Split("rows", parts)
     return Split("columns", min(parts, tiles)) if tiles > 1 else Split("", 1)
+def _convolution_reason(schedule: Schedule) -> str:
+    words = [f"{schedule.rows} accumulators leave registers for input, weights and epilogue"]
+    if schedule.k_segment:
+        words.append("the input is cut into segments whose code and planes stay near the first-level caches")
+    if schedule.order != "natural":
+        words.append("rows that share displacements are grouped, since loads of x bound a convolution")
+    return "; ".join(words)

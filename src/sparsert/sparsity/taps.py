@@ -7,6 +7,7 @@ between planes and rows of the input. A product with a matrix uses the pitch alo
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +39,30 @@ class Taps:
     def __len__(self) -> int:
         return int(self.row.size)
 
+    @cached_property
+    def key(self) -> NDArray[np.int64]:
+        """(n,) numbers that rise with the displacement: by plane, in it by pitch, then by offset."""
+        _, pitches, offsets = self._spans
+        return (self.plane.astype(np.int64) * pitches + self.pitch) * offsets + self.offset
+
+    @property
+    def extent(self) -> int:
+        """Every key is below."""
+        planes, pitches, offsets = self._spans
+        return planes * pitches * offsets
+
+    def place(self, key: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Plane, pitch and offset of keys."""
+        _, pitches, offsets = self._spans
+        above, offset = np.divmod(key, offsets)
+        plane, pitch = np.divmod(above, pitches)
+        return plane, pitch, offset
+
+    @cached_property
+    def _spans(self) -> tuple[int, int, int]:
+        planes, pitches, offsets = (int(c.max(initial=0)) + 1 for c in (self.plane, self.pitch, self.offset))
+        return planes, pitches, offsets
+
     def pack(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
         """Values of the pattern as (n, group), in tap order."""
         if self.group == 1:
@@ -65,3 +90,73 @@ def matmul_taps(pattern: Pattern, group: int = 1) -> Taps:
     source[tap, lane] = np.arange(pattern.nnz)
     zero = np.zeros(key.size, np.int32)
     return Taps(pattern.rows, group, row.astype(np.int32), zero, pitch.astype(np.int32), zero, source)
+
+
+@dataclass(frozen=True)
+class Window:
+    """How a convolution's kernel walks: everything but weights and padding.
+
+    Attributes:
+        kernel, stride, dilation: (rows, columns).
+        groups: output and input channels are cut into so many, and each only sees its own.
+        masked: loads have a mask per column of the kernel, which cuts what lies beside the image; rows of a plane are
+            then as long as those of the output, with nothing between them.
+    """
+
+    kernel: tuple[int, int]
+    stride: tuple[int, int] = (1, 1)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+    masked: bool = False
+
+    @property
+    def masks(self) -> int:
+        """How many masks the loads need."""
+        return self.kernel[1] if self.masked and self.kernel[1] > 1 else 0
+
+    @cached_property
+    def mask_places(self) -> tuple[tuple[int, int], ...]:
+        """Column phase and offset of every mask: of the columns of the kernel."""
+        return tuple(divmod(i * self.dilation[1], self.stride[1])[::-1] for i in range(self.masks))
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """Rows and columns of the input that one output sees."""
+        (kh, kw), (dh, dw) = self.kernel, self.dilation
+        return (kh - 1) * dh + 1, (kw - 1) * dw + 1
+
+    def channels(self, columns: int) -> int:
+        """Input channels of a weight of so many columns, kernel included."""
+        places = self.kernel[0] * self.kernel[1]
+        return columns // places * self.groups if places else 0
+
+    @cached_property
+    def phases(self) -> tuple[tuple[int, int], ...]:
+        """The phases (row, column) that taps read: a plane is split into stride x stride of them."""
+        by_axis = (
+            sorted({i * d % s for i in range(k)})
+            for k, d, s in zip(self.kernel, self.dilation, self.stride, strict=True)
+        )
+        rows, columns = by_axis
+        return tuple((row, column) for row in rows for column in columns)
+
+
+def conv_taps(pattern: Pattern, window: Window) -> Taps:
+    """Taps of a convolution whose weight (O, C / groups, kh, kw) is ``pattern`` (O, C / groups * kh * kw).
+
+    Every input channel has a plane per phase of ``window``. At stride 1 the order of the keys is that of (channel,
+    kernel row, kernel column).
+    """
+    (kh, kw), (sh, sw), (dh, dw) = window.kernel, window.stride, window.dilation
+    channels = pattern.cols // (kh * kw) if kh * kw else 0
+    channel, place = np.divmod(pattern.indices, max(kh * kw, 1))
+    ky, kx = np.divmod(place, max(kw, 1))
+    group = pattern.row_of // max(pattern.rows // window.groups, 1)
+    row, row_phase = np.divmod(ky * dh, sh)
+    column, column_phase = np.divmod(kx * dw, sw)
+    rank = np.full(window.stride, -1, np.int64)
+    for i, phase in enumerate(window.phases):
+        rank[phase] = i
+    plane = (group * channels + channel) * len(window.phases) + rank[row_phase, column_phase]
+    return Taps(pattern.rows, 1, pattern.row_of, plane.astype(np.int32), row.astype(np.int32),
+                column.astype(np.int32), np.arange(pattern.nnz)[:, None])  # fmt: skip

@@ -59,6 +59,7 @@ RECIPES: dict[str, str | dict[str, str]] = {
     "shl": "shl d a imm",
     "select_neg": {"": "signs d d; bsl d a b", "b": "signs t d; bit d a t", "a": "signs t d; bif d b t"},
     "load4": "ldr_q d mem", "insert4": "FIRST; ldr_q d mem", "store4": "FIRST; str_q a mem",
+    "evens": "uzp1 d a b",
     "zip_lo": "zip1 d a b", "zip_hi": "zip2 d a b", "zip2_lo": "zip1_2d d a b", "zip2_hi": "zip2_2d d a b",
     "set_mask": f"ldr_q t mem; umov {_M0} t 0; umov {_M1} t 1",
     "load_mask": f"LEA; zero d; {_by_lane('ld1_lane d')}", "store_mask": f"LEA; {_by_lane('st1_lane a')}",

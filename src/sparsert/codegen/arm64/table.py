@@ -79,6 +79,7 @@ SYNTAX = {
     "bit": (0x6EA01C00, "bit <Vd>.16b, <Vn>.16b, <Vm>.16b"),
     "bif": (0x6EE01C00, "bif <Vd>.16b, <Vn>.16b, <Vm>.16b"),
     "mov_v": (0x4EA01C00, "mov <Vd>.16b, <Vs>.16b"),
+    "uzp1": (0x4E801800, "uzp1 <Vd>.4s, <Vn>.4s, <Vm>.4s"),
     "zip1": (0x4E803800, "zip1 <Vd>.4s, <Vn>.4s, <Vm>.4s"),
     "zip2": (0x4E807800, "zip2 <Vd>.4s, <Vn>.4s, <Vm>.4s"),
     "zip1_2d": (0x4EC03800, "zip1 <Vd>.2d, <Vn>.2d, <Vm>.2d"),

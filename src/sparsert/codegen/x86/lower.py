@@ -62,6 +62,9 @@ RECIPES = {
         "insert4": "vinsertf32x4 reg=d vvvv=d mem imm=b", "store4": "vextractf32x4 reg=a mem imm=b",
         "set_mask": "vmovups reg=31 mem; vpmovd2m reg=2 rm=31",
         "load_mask": "vmovups reg=d mem mask=2 zero=1", "store_mask": "vmovups_st reg=a mem mask=2",
+        "mask_from": "vmovups reg=31 mem; vpmovd2m reg=d+3 rm=31", "load_by_mask": "vmovups reg=d mem mask=b+3 zero=1",
+        "evens": "vshufps reg=d vvvv=a rm=b imm=136; vpermpd_imm reg=d rm=d imm=216; "
+                 "vshuff64x2 reg=d vvvv=d rm=d imm=216",
     },
     VEX256: _COMMON | _SCALAR | {
         "zero": "vxorps reg=d vvvv=d rm=d", "round": "vroundps reg=d rm=a imm=8", "shl": "vpslld_vex vvvv=d rm=a imm",
@@ -69,9 +72,11 @@ RECIPES = {
         "insert4": "vinsertf128 reg=d vvvv=d mem imm=b", "store4": "vextractf128 reg=a mem imm=b",
         "set_mask": "vmovups reg=15 mem", "load_mask": "vmaskmovps reg=d vvvv=15 mem",
         "store_mask": "vmaskmovps_st reg=a vvvv=15 mem",
+        "evens": "vshufps reg=d vvvv=a rm=b imm=136; vpermpd_imm reg=d rm=d imm=216",
     },
 }  # fmt: skip
-"""By vector encoding. Mask operations use k2, or ymm15: they occur outside the accumulate loop only."""
+"""By vector encoding. Masks of the copies are k2, or ymm15: they occur outside the accumulate loop only. The numbered
+masks of the accumulate loop are k3 to k7, and where the ISA has no mask registers there are none."""
 
 _MULTIPLES = {1: (S.PX, 0), 2: (S.PX, 1), 3: (S.PX3, 0), 4: (S.PX, 2), 5: (S.PX5, 0), 6: (S.PX3, 1), 7: (S.PX7, 0)}
 _BY_PRODUCT = 8
@@ -163,7 +168,8 @@ class _Rows:
             elif self.scalar:
                 fields[key] = _GPR_OF[self.c[source][self.rows]]
             else:
-                register = self.c[source][self.rows]
+                column, _, above = source.partition("+")
+                register = self.c[column][self.rows] + np.int16(above or 0)
                 fields[key] = register
                 if key == "rm" and source == "b" and (register < 0).any():
                     constant = register < 0

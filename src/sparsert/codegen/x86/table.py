@@ -116,6 +116,9 @@ ROWS: dict[str, Row] = {
     "pause":          Row(PF3, M1,    0x90, 0, _N, "", "L"),
     "jl":             Row(P00, M0F,   0x8C, 0, _N, "b", "L", imm=4),
     "call_at":        Row(P00, M1,    0xFF, 0, _N, "mg", "L", digit=2, mnemonic="call"),
+    "vshufps":        Row(P00, M0F,   0xC6, 0, _F, "rx vx mx i", "VE", imm=1),
+    "vpermpd_imm":    Row(P66, M0F3A, 0x01, 1, _FM, "rx mx i", "VE", imm=1, mnemonic="vpermpd"),
+    "vshuff64x2":     Row(P66, M0F3A, 0x23, 1, _FM, "rx vx mx i", "E", imm=1),
 }  # fmt: skip
 
 NAMES = tuple(ROWS)
