@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
 
+from .codegen.vector import Program
 from .codegen.x86.assemble import assemble, listing
 from .errors import CodeBudgetError, ScheduleError, ShapeError, UnsupportedError, ValueRangeError
 from .kernels import activations, matmul
+from .operators import tuned
 from .operators.arrays import Array, as_input
 from .operators.matmul import Compiled, CompiledLinear, CompiledMatmul, Product, Stats
 from .operators.native import NativeProduct
 from .operators.reference import ReferenceProduct
+from .operators.trials import Built
 from .runtime import host
 from .runtime.cpu import Executable
 from .schedule import cost
@@ -33,7 +37,8 @@ _Kind = TypeVar("_Kind", CompiledMatmul, CompiledLinear)
 def compile_matmul(
     weight: Any, bias: Any = None, activation: Any = None, *, residual: str | None = None, precision: str = "f32",
     target: str = "native", threads: int | None = None, layout: str = "row_major", schedule: Schedule | None = None,
-    max_code_bytes: int | None = None,
+    max_code_bytes: int | None = None, tune: str | None = None, tuning: str | os.PathLike[str] | None = None,
+    columns: int | None = None,
 ) -> CompiledMatmul:  # fmt: skip
     """Compile ``y = act(W @ x + b)`` for a sparse W.
 
@@ -51,6 +56,12 @@ def compile_matmul(
         layout: "row_major" (x (K, N)) or "tile_major" (x (T, K, tile), as layers inside a network exchange it).
         schedule: how to block the product; None leaves it to the cost model.
         max_code_bytes: refuse to generate more code than this.
+        tune: None leaves the schedule to the cost model; "fast" and "full" measure some (8, or up to 96) schedules and
+            take the fastest, unless it is recorded already. "fast" takes up to 0.5 s per 50,000 nonzeros. Results are
+            the same bits whatever the schedule.
+        tuning: the file of records, or "off". By default what the variable SPARSERT_TUNING says, or a file in the
+            user's cache folder, if ``tune`` is given; without ``tune`` records are used where ``tuning`` names them.
+        columns: N to tune for, and to look up; 196 by default. Any N can be computed.
 
     Raises:
         ShapeError, DTypeError, FormatError, ValueRangeError, UnsupportedError: what is wrong with an argument.
@@ -61,32 +72,25 @@ def compile_matmul(
     if not isinstance(layout, str) or layout not in LAYOUTS[:2]:
         raise UnsupportedError(f"unknown layout {layout!r}", where="layout", hint=f"Known: {', '.join(LAYOUTS[:2])}.")
     return _compile(
-        CompiledMatmul, weight, bias, activation, residual, precision, target, threads, layout, schedule, max_code_bytes
-    )
+        CompiledMatmul, weight, bias, activation, residual, precision, target, threads, layout, schedule,
+        max_code_bytes, tune, tuning, columns,
+    )  # fmt: skip
 
 
 def compile_linear(
     weight: Any, bias: Any = None, activation: Any = None, *, residual: str | None = None, precision: str = "f32",
     target: str = "native", threads: int | None = None, schedule: Schedule | None = None,
-    max_code_bytes: int | None = None,
+    max_code_bytes: int | None = None, tune: str | None = None, tuning: str | os.PathLike[str] | None = None,
+    columns: int | None = None,
 ) -> CompiledLinear:  # fmt: skip
     """Compile ``y = act(x @ W.T + b)`` for a sparse W (M, K): x (..., K) to y (..., M), as ``torch.nn.Linear``.
 
     Arguments and errors are those of :func:`compile_matmul`.
     """
     return _compile(
-        CompiledLinear,
-        weight,
-        bias,
-        activation,
-        residual,
-        precision,
-        target,
-        threads,
-        "transposed",
-        schedule,
-        max_code_bytes,
-    )
+        CompiledLinear, weight, bias, activation, residual, precision, target, threads, "transposed", schedule,
+        max_code_bytes, tune, tuning, columns,
+    )  # fmt: skip
 
 
 def compile_listing(
@@ -108,7 +112,8 @@ def compile_listing(
 
 def _compile(
     kind: type[_Kind], weight: Any, bias: Any, activation: Any, residual: str | None, precision: str, target: str,
-    threads: int | None, layout: str, schedule: Schedule | None, max_code_bytes: int | None,
+    threads: int | None, layout: str, schedule: Schedule | None, max_code_bytes: int | None, tune: str | None,
+    tuning: str | os.PathLike[str] | None, columns: int | None,
 ) -> _Kind:  # fmt: skip
     started = time.perf_counter()
     permitted = _threads(threads)
@@ -116,37 +121,54 @@ def _compile(
     matrix = as_sparse(weight)
     task, b = _task(matrix, bias, activation, residual, precision, layout)
     _check_schedule(schedule)
+    wanted = tuned.request(tune, tuning, columns)
+    if schedule is not None and tune is not None:
+        raise UnsupportedError("a given schedule leaves nothing to tune", where="tune", hint="Give one of the two.")
     permitted_bytes = _budget(max_code_bytes)
     if found.isa == "reference":
         product: Product = ReferenceProduct(task)
+        product.load(matrix.values, b)
         chosen, reason, code_bytes, instructions, reuse, list_code = None, "", 0, 0, 0.0, _no_listing
     else:
         budget = _hopeful(permitted_bytes, matrix.pattern.nnz)
-        chosen = _schedule(task, found, schedule)
-        reason = "given by the caller" if schedule else cost.reason(task, found, chosen)
-        kernel = matmul.generate(task, chosen, found)
-        code = assemble(kernel.program, found.isa)
-        if len(code.code) > budget:
-            raise CodeBudgetError(
-                f"the code takes {len(code.code)} bytes, {budget} are permitted",
-                where="max_code_bytes",
-                hint="Raise the budget, or use target='reference'.",
-            )
-        product = NativeProduct(task, chosen, found, kernel, Executable(code.code))
-        code_bytes, instructions = len(code.code), code.instructions
+
+        def build(candidate: Schedule) -> Built:
+            return _build(task, candidate, found, budget, matrix.values, b)
+
+        if schedule is None and wanted is not None:
+            chosen, reason, built, _ = tuned.choose(task, found, wanted, build)
+        else:
+            chosen, built = _schedule(task, found, schedule), None
+            reason = "given by the caller" if schedule else cost.reason(task, found, chosen)
+        kernel, product, code_bytes, instructions = built or build(chosen)
         reuse = matrix.pattern.nnz / max(1, kernel.x_loads)
         fixed = chosen
 
         def list_code() -> str:
             return listing(matmul.generate(task, fixed, found).program, found.isa)
 
-    product.load(matrix.values, b)
     nnz = matrix.pattern.nnz
     value_bytes = 4 * (nnz + (task.pattern.rows if task.bias else 0))
     per_nonzero = (code_bytes + value_bytes) / max(1, nnz) if code_bytes else 0.0
     seconds = time.perf_counter() - started
     stats = Stats(nnz, matrix.pattern.density, code_bytes, value_bytes, per_nonzero, reuse, instructions, seconds)
     return kind(Compiled(task, found, product, stats, chosen, reason, permitted, list_code), b)
+
+
+def _build(task: Task, schedule: Schedule, target: Target, budget: int, values: Array, bias: Array | None) -> Built:
+    """Machine code with its values, ready to be called."""
+    kernel = matmul.generate(task, schedule, target)
+    code = assemble(kernel.program, target.isa)
+    if len(code.code) > budget:
+        raise CodeBudgetError(
+            f"the code takes {len(code.code)} bytes, {budget} are permitted",
+            where="max_code_bytes",
+            hint="Raise the budget, or use target='reference'.",
+        )
+    kernel = replace(kernel, program=Program({}, (), 0, {}))  # twice as large as the code, and not needed any more
+    product = NativeProduct(task, schedule, target, kernel, Executable(code.code))
+    product.load(values, bias)
+    return Built(kernel, product, len(code.code), code.instructions)
 
 
 def _task(

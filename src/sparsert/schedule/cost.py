@@ -9,56 +9,70 @@ from .task import Task
 # What the rules below were read off (Zen 4, the layers of MobileNetV1 and BERT, uniform patterns of 80 to 98 %).
 _PACKING_BLOCKS = 3  # x is read in place if fewer blocks than this load it
 _COPIED = 48  # so few input rows are packed ahead: cache lines that two tiles share stay in L1 from one to the other
-_PACKING_TAPS = 6  # packing a row of x pays from so many uses on
+_PACKING_TAPS = 7  # packing a row of x beside the multiply-adds pays from so many uses on,
+_COPYING_TAPS = 6  # and in a pass of its own from so many
 _SEGMENT = 1024  # input rows per segment: its part of x stays in L2 and a block's code near L1
 _SEGMENT_TAPS = 2000  # ... if that leaves a block enough work to amortise carrying the sums
-_LOAD_BOUND = 0.06  # below this density loading x costs more than the multiply-adds: keep its tile in L1
-_CLUSTER = 0.055  # and below this one, it pays to group rows that share columns
+_LOAD_SHARE = 0.95  # loads that take so much of the time of the multiply-adds decide: what they load must be in L1
+_CARRIED = 10  # multiply-adds per row and segment that pay for carrying a sum into the next one
 _ROW_TILES = 8  # tiles that go together where rows are far apart: whole stretches of a row come from memory at once
 _PREFETCH_CODE = 4  # times L1: code that comes from further away than L2 sooner or later
-_MOST_CLUSTERED = 4096  # rows: grouping takes about 15 us a row
+_MOST_GROUPED = 4096  # rows: grouping takes about 15 us a row
 
 
 def code_bytes(task: Task, target: Target) -> float:
     """An estimate of the code: a multiply-add per nonzero and its share of loads."""
-    per_nonzero = 9.5 if target.embedded_broadcast else 17.0
-    return per_nonzero * task.pattern.nnz
+    return target.fma_bytes * task.pattern.nnz
+
+
+def load_bound(task: Task, target: Target, rows: int) -> bool:
+    """Whether loads bound the product and not multiply-adds: each block loads every row of x that it touches.
+
+    A block of R rows at density d touches ``1 - (1 - d)^R`` of the rows of x, for ``R d`` multiply-adds each of which
+    loads its weight.
+    """
+    m, d = task.pattern.rows, task.pattern.density
+    r = m / max(1, -(-m // rows))
+    cycles: float = (1 - (1 - d) ** r) / target.loads + r * d / target.broadcasts
+    return cycles >= _LOAD_SHARE * r * d / target.fmas
 
 
 def choose(task: Task, target: Target, spare: int) -> Schedule:
     """A schedule for ``task`` on ``target``, whose epilogue and inner loop leave ``spare`` registers unused."""
     pattern = task.pattern
     rows, columns = most_rows(target, spare), pattern.cols
+    code, x_tile = code_bytes(task, target), columns * target.tile_bytes
     reused = pattern.rows > (_PACKING_BLOCKS - 1) * rows
-    packs = task.layout == "row_major" and reused and pattern.nnz >= _PACKING_TAPS * columns
+    how, uses = ("beside", _PACKING_TAPS) if columns > _COPIED else ("ahead", _COPYING_TAPS)
+    packing = how if task.layout == "row_major" and reused and pattern.nnz >= uses * columns else "none"
+    loads = load_bound(task, target, rows)
+    near = target.l1d // 2 // target.tile_bytes
+    near = near if pattern.density * near >= _CARRIED else 2 * near
+    if loads and x_tile > target.l1d and pattern.density * near >= _CARRIED:
+        return Schedule(rows, near, _ROW_TILES, 0, packing)
     segments = -(-columns // _SEGMENT)
-    if segments > 1 and rows * _SEGMENT * pattern.density >= _SEGMENT_TAPS:
-        k_segment = -(-columns // segments)
-    else:
-        k_segment = 0
-    code = code_bytes(task, target)
-    load_bound = pattern.density <= _LOAD_BOUND and columns * target.tile_bytes <= target.l1d
-    tiles, blocks = 0, 1
+    long = segments > 1 and rows * _SEGMENT * pattern.density >= _SEGMENT_TAPS
+    tiles, blocks, near_x = 0, 1, loads and x_tile <= target.l1d
     if task.layout == "tile_major":
-        blocks = _blocks_per_pass(pattern.rows, rows, code, load_bound, columns * target.tile_bytes, target)
-    elif code <= target.l1i or load_bound:
+        blocks = _blocks_per_pass(pattern.rows, rows, code, near_x, x_tile, target)
+    elif code <= target.l1i or near_x:
         tiles = _ROW_TILES
-    clustered = pattern.density <= _CLUSTER and rows < pattern.rows <= _MOST_CLUSTERED
+    grouped = loads and rows < pattern.rows <= _MOST_GROUPED
     return Schedule(
         rows,
-        k_segment,
+        -(-columns // segments) if long else 0,
         tiles,
         blocks,
-        packing="none" if not packs else "beside" if columns > _COPIED else "ahead",
-        order="overlap" if clustered else "natural",
+        packing,
+        order="overlap" if grouped else "natural",
         prefetch=not tiles and blocks == 1 and code > _PREFETCH_CODE * target.l1i,
     )
 
 
-def _blocks_per_pass(m: int, rows: int, code: float, load_bound: bool, x_tile: int, target: Target) -> int:
+def _blocks_per_pass(m: int, rows: int, code: float, near_x: bool, x_tile: int, target: Target) -> int:
     """Row blocks that pass over the tiles together: as many as fit the instruction cache well, if x fits L1 well."""
     room = target.l1i // 2
-    if code <= room or load_bound:
+    if code <= room or near_x:
         return 0
     return max(1, int(room / code * -(-m // rows))) if x_tile <= target.l1d // 4 else 1
 
@@ -76,7 +90,7 @@ def tiles_per_group(task: Task, schedule: Schedule, target: Target, tiles: int) 
 def reason(task: Task, target: Target, schedule: Schedule) -> str:
     """Why :func:`choose` chose so, in a sentence or two."""
     pattern, kib = task.pattern, code_bytes(task, target) / 1024
-    words = [f"{schedule.rows} accumulators leave registers for input, weights and epilogue"]
+    words = [f"chosen by the cost model: {schedule.rows} accumulators leave registers for input, weights and epilogue"]
     if schedule.tiles or schedule.blocks != 1:
         what = f"{schedule.blocks} blocks of code pass" if schedule.blocks > 1 else "all code passes"
         over = f"{schedule.tiles} tiles at a time" if schedule.tiles else "each tile"
