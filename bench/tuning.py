@@ -24,7 +24,7 @@ import numpy as np
 import sparsert
 from sparsert.benchmarks import environment, measure, problems
 from sparsert.benchmarks.problems import Problem
-from sparsert.operators import tuned
+from sparsert.compiler import tune_layer
 from sparsert.runtime import host
 from sparsert.runtime.memory import aligned_empty
 from sparsert.schedule.schedule import Schedule
@@ -60,11 +60,9 @@ def run(problem: Problem, layout: str, rounds: int) -> dict[str, Any]:
     schedules: dict[str, Schedule | None] = {"untuned": None}
     for effort in ("full", "fast"):
         start = time.perf_counter()
-        with recorded() as seen:
-            op = sparsert.compile_matmul(problem.weight, layout=layout, tune=effort, tuning="off", columns=n)
+        result = tune_layer(problem.weight, layout=layout, tune=effort, tuning="off", columns=n)
         seconds = time.perf_counter() - start
-        result = seen[0].tuning if seen else None
-        schedules[effort] = op.schedule
+        schedules[effort] = result.best.schedule if result else None
         runs[effort] = {
             "seconds": round(seconds, 4),
             "candidates": len(result.trials) if result else 1,
@@ -74,7 +72,6 @@ def run(problem: Problem, layout: str, rounds: int) -> dict[str, Any]:
             runs["trials"] = [
                 {**asdict(t.schedule), "us": round(1e6 * t.seconds, 3), "samples": t.samples} for t in result.trials
             ]
-        del op, seen, result
     x, y = np.ascontiguousarray(problem.input()), np.empty((m, n), np.float32)
     if layout == "tile_major":
         tiles = -(-n // target.lanes)
@@ -100,23 +97,6 @@ def run(problem: Problem, layout: str, rounds: int) -> dict[str, Any]:
         },
         "schedules": {name: text for name, (text, _) in results.items()}, "tuning": runs,
     }  # fmt: skip
-
-
-class recorded:
-    """Takes down what the tuner decides inside."""
-
-    def __enter__(self) -> list[tuned.Choice]:
-        self.original, self.seen = tuned.choose, []
-
-        def choose(*arguments: Any) -> tuned.Choice:
-            self.seen.append(self.original(*arguments))
-            return self.seen[-1]
-
-        tuned.choose = choose
-        return self.seen
-
-    def __exit__(self, *_: object) -> None:
-        tuned.choose = self.original
 
 
 def spread(values: list[float]) -> str:

@@ -24,6 +24,7 @@ from .runtime.cpu import Executable
 from .schedule import cost
 from .schedule.schedule import Schedule
 from .schedule.task import LAYOUTS, Task
+from .schedule.tuner import Tuning
 from .sparsity.pattern import SparseMatrix, as_sparse, require_finite
 from .target import Target
 
@@ -108,6 +109,26 @@ def compile_listing(
     _check_schedule(schedule)
     kernel = matmul.generate(task, _schedule(task, found, schedule), found)
     return listing(kernel.program, found.isa)
+
+
+def tune_layer(
+    weight: Any, bias: Any = None, activation: Any = None, *, residual: str | None = None, target: str = "native",
+    layout: str = "row_major", tune: str = "fast", tuning: str | os.PathLike[str] | None = None,
+    columns: int | None = None,
+) -> Tuning | None:  # fmt: skip
+    """Measure the schedules of a layer, whatever is recorded, and record the best; None if there is only one.
+
+    Arguments and errors are those of the compile functions; ``layout`` may be "transposed", as for
+    :func:`compile_linear`.
+    """
+    wanted, found, matrix = tuned.request(tune, tuning, columns), host.resolve(target), as_sparse(weight)
+    if not isinstance(layout, str) or layout not in LAYOUTS:
+        raise UnsupportedError(f"unknown layout {layout!r}", where="layout", hint=f"Known: {', '.join(LAYOUTS)}.")
+    if found.isa == "reference" or wanted is None:
+        raise UnsupportedError("the reference target has no schedules", where="target", hint="Name a compiled target.")
+    task, b = _task(matrix, bias, activation, residual, "f32", layout)
+    budget = _hopeful(MAX_CODE_BYTES, matrix.pattern.nnz)
+    return tuned.run(task, found, wanted, lambda s: _build(task, s, found, budget, matrix.values, b)).tuning
 
 
 def _compile(

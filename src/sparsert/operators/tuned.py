@@ -78,25 +78,28 @@ def choose(task: Task, target: Target, wanted: Tuning, build: Callable[[Schedule
     """The schedule of the record that counts; else, if tuning is wanted, of a tuning run, which is then recorded; else
     the cost model's."""
     spare = matmul.spare(task, target)
-    key = database.key(task, database.columns_class(wanted.columns, target))
-    cpu = database.machine(host.cpu_identity())
     if wanted.database is not None:
         efforts = ("full",) if wanted.effort == "full" else tuple(tuner.EFFORTS)
-        record = wanted.database.find(key, target.name, cpu, efforts)
+        record = wanted.database.find(*_identity(task, target, wanted), efforts)
         schedule = None if record is None else _legal(record, task, target, spare)
         if record is not None and schedule is not None:
             return Choice(schedule, f"recorded in {wanted.database.path} on {record.date[:10]}: {_words(record)}")
     if wanted.effort is None:
         schedule = cost.choose(task, target, spare)
         return Choice(schedule, f"no record of it; {cost.reason(task, target, schedule)}")
-    effort = tuner.EFFORTS[wanted.effort]
+    return run(task, target, wanted, build)
+
+
+def run(task: Task, target: Target, wanted: Tuning, build: Callable[[Schedule], Built]) -> Choice:
+    """Tune, whatever is recorded, and record what is found."""
+    effort, spare = tuner.EFFORTS[wanted.effort or "fast"], matmul.spare(task, target)
     room = max(tuner.LEAST, _MEMORY // (_BYTES * max(1, task.pattern.nnz)))
     found = space.candidates(task, target, spare, wanted.columns, min(effort.candidates, room))
     if len(found) == 1:
         return Choice(found[0], "by the cost model: no other schedule would differ")
     measure = Trials(task, target, build, wanted.columns)
     result = tuner.tune(task, found, measure, effort.budget(task.pattern.nnz), rounds=effort.rounds)
-    record = _record(key, task, target, cpu, wanted, result)
+    record = _record(task, target, wanted, result)
     if wanted.database is not None:
         wanted.database.add(record)
     over = f"{len(result.trials)} schedules in {1e3 * result.elapsed:.0f} ms on {wanted.columns} columns"
@@ -115,13 +118,19 @@ def _legal(record: Record, task: Task, target: Target, spare: int) -> Schedule |
     return schedule if space.plausible(task, schedule) else None
 
 
-def _record(key: str, task: Task, target: Target, cpu: str, wanted: Tuning, result: tuner.Tuning) -> Record:
+def _identity(task: Task, target: Target, wanted: Tuning) -> tuple[str, str, str]:
+    """What a record is found by: the task with its number of columns, target, CPU."""
+    key = database.key(task, database.columns_class(wanted.columns, target))
+    return key, target.name, database.machine(host.cpu_identity())
+
+
+def _record(task: Task, target: Target, wanted: Tuning, result: tuner.Tuning) -> Record:
     m, k = task.pattern.shape
     extras = [word for word in (task.activation, "bias" if task.bias else None, task.residual) if word]
     remark = ", ".join([f"{m}x{k}", f"{task.pattern.nnz} nonzeros", task.layout, f"{wanted.columns} columns", *extras])
     second = result.runner_up
     return Record(
-        key, target.name, cpu, wanted.effort or "", result.best.seconds, result.first.seconds,
+        *_identity(task, target, wanted), wanted.effort or "fast", result.best.seconds, result.first.seconds,
         str(result.best.schedule), str(second.schedule) if second else "", second.seconds if second else 0.0,
         remark=remark,
     )  # fmt: skip

@@ -12,8 +12,9 @@ _COPIED = 48  # so few input rows are packed ahead: cache lines that two tiles s
 _PACKING_TAPS = 7  # packing a row of x beside the multiply-adds pays from so many uses on,
 _COPYING_TAPS = 6  # and in a pass of its own from so many
 _SEGMENT = 1024  # input rows per segment: its part of x stays in L2 and a block's code near L1
-_SEGMENT_TAPS = 2000  # ... if that leaves a block enough work to amortise carrying the sums
-_LOAD_SHARE = 0.95  # loads that take so much of the time of the multiply-adds decide: what they load must be in L1
+_SEGMENT_TAPS = 65  # ... if that leaves a row enough work to amortise carrying its sum
+_LOAD_SHARE = 0.95  # loads that take so much of the time of the multiply-adds decide,
+_X_SHARE = 0.42  # and if so much of theirs goes into x, then it must be in L1
 _CARRIED = 10  # multiply-adds per row and segment that pay for carrying a sum into the next one
 _ROW_TILES = 8  # tiles that go together where rows are far apart: whole stretches of a row come from memory at once
 _PREFETCH_CODE = 4  # times L1: code that comes from further away than L2 sooner or later
@@ -26,15 +27,15 @@ def code_bytes(task: Task, target: Target) -> float:
 
 
 def load_bound(task: Task, target: Target, rows: int) -> bool:
-    """Whether loads bound the product and not multiply-adds: each block loads every row of x that it touches.
+    """Whether loads of x bound the product, and not multiply-adds or loads of weights.
 
-    A block of R rows at density d touches ``1 - (1 - d)^R`` of the rows of x, for ``R d`` multiply-adds each of which
-    loads its weight.
+    A block of R rows at density d touches, and loads, ``1 - (1 - d)^R`` of the rows of x, for ``R d`` multiply-adds
+    each of which loads its weight.
     """
     m, d = task.pattern.rows, task.pattern.density
     r = m / max(1, -(-m // rows))
-    cycles: float = (1 - (1 - d) ** r) / target.loads + r * d / target.broadcasts
-    return cycles >= _LOAD_SHARE * r * d / target.fmas
+    x, weights = float(1 - (1 - d) ** r) / target.loads, r * d / target.broadcasts
+    return x + weights >= _LOAD_SHARE * r * d / target.fmas and x >= _X_SHARE * (x + weights)
 
 
 def choose(task: Task, target: Target, spare: int) -> Schedule:
@@ -45,19 +46,19 @@ def choose(task: Task, target: Target, spare: int) -> Schedule:
     reused = pattern.rows > (_PACKING_BLOCKS - 1) * rows
     how, uses = ("beside", _PACKING_TAPS) if columns > _COPIED else ("ahead", _COPYING_TAPS)
     packing = how if task.layout == "row_major" and reused and pattern.nnz >= uses * columns else "none"
-    loads = load_bound(task, target, rows)
+    loads = pattern.rows > rows and load_bound(task, target, rows)  # one block loads everything once in any order
     near = target.l1d // 2 // target.tile_bytes
     near = near if pattern.density * near >= _CARRIED else 2 * near
     if loads and x_tile > target.l1d and pattern.density * near >= _CARRIED:
         return Schedule(rows, near, _ROW_TILES, 0, packing)
     segments = -(-columns // _SEGMENT)
-    long = segments > 1 and rows * _SEGMENT * pattern.density >= _SEGMENT_TAPS
+    long = segments > 1 and _SEGMENT * pattern.density >= _SEGMENT_TAPS
     tiles, blocks, near_x = 0, 1, loads and x_tile <= target.l1d
     if task.layout == "tile_major":
         blocks = _blocks_per_pass(pattern.rows, rows, code, near_x, x_tile, target)
     elif code <= target.l1i or near_x:
         tiles = _ROW_TILES
-    grouped = loads and rows < pattern.rows <= _MOST_GROUPED
+    grouped = loads and pattern.rows <= _MOST_GROUPED
     return Schedule(
         rows,
         -(-columns // segments) if long else 0,
@@ -93,7 +94,7 @@ def reason(task: Task, target: Target, schedule: Schedule) -> str:
     words = [f"chosen by the cost model: {schedule.rows} accumulators leave registers for input, weights and epilogue"]
     if schedule.tiles or schedule.blocks != 1:
         what = f"{schedule.blocks} blocks of code pass" if schedule.blocks > 1 else "all code passes"
-        over = f"{schedule.tiles} tiles at a time" if schedule.tiles else "each tile"
+        over = "each tile" + (f", {schedule.tiles} tiles at a time" if schedule.tiles else "")
         words.append(
             f"of about {kib:.0f} KiB of code, what passes stays in the instruction cache, or x in the data cache, "
             f"so {what} over {over}"
@@ -109,7 +110,8 @@ def reason(task: Task, target: Target, schedule: Schedule) -> str:
     elif task.layout == "row_major":
         words.append("x is read in place: packing would cost more than it saves")
     if schedule.k_segment:
-        words.append(f"K is cut into segments of {schedule.k_segment}, whose part of x fits the second-level cache")
+        cache = "first" if schedule.k_segment * target.tile_bytes <= target.l1d and schedule.blocks != 1 else "second"
+        words.append(f"K is cut into segments of {schedule.k_segment}, whose part of x fits the {cache}-level cache")
     if schedule.order != "natural":
         words.append("rows that share columns are grouped, since loads of x bound so sparse a product")
     return "; ".join(words)

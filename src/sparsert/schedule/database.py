@@ -21,7 +21,6 @@ import hashlib
 import os
 import re
 import stat
-import tempfile
 import time
 import warnings
 from collections.abc import Iterator
@@ -212,6 +211,8 @@ class Database:
 
     def _compact(self, handle: int) -> None:
         """Replace the file, whose lock we hold, by one of the newest records that count: half of the limit."""
+        import tempfile
+
         records, _ = parse(_contents(handle))
         lines, room = [], self.limit // 2
         for record in sorted(records.values(), key=lambda record: record.date, reverse=True):
