@@ -119,8 +119,10 @@ def _segments(task: Task, target: Target) -> list[int]:
 def canonical(task: Task, schedule: Schedule, target: Target, columns: int) -> Schedule:
     """The plainest schedule that does the same to ``task`` on ``columns`` columns."""
     m, k = task.pattern.shape
-    blocks = max(1, row_blocks(m, schedule.rows).size - 1)
-    rows = min(schedule.rows, -(-m // blocks)) if m else schedule.rows
+    fours = task.layout == "transposed" and m % 4 == 0 and schedule.order == "natural" and schedule.rows >= 4
+    unit = 4 if fours else 1  # rows that are transposed in registers come in fours
+    blocks = max(1, row_blocks(m, schedule.rows, unit).size - 1)
+    rows = min(schedule.rows, unit * -(-m // (unit * blocks))) if m else schedule.rows
     segment = schedule.k_segment if schedule.k_segment < k else 0
     packing = schedule.packing if task.layout == "row_major" else "none"
     together = schedule.blocks if schedule.blocks < blocks else 0
