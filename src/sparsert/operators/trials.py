@@ -22,6 +22,7 @@ from .native import NativeProduct
 
 SAMPLE_SECONDS = 4e-4  # of calls in a row, twice, of which the faster counts: an interrupt spoils one of them
 MOST_CALLS = 1000
+MOST_BYTES = 512 << 20  # of x, of y and of a residual; where more columns are asked for, these tell as much
 
 
 class Built(NamedTuple):
@@ -47,6 +48,7 @@ class Trials:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:  # fmt: skip
         self.build, self.clock = build, clock
+        columns = min(columns, MOST_BYTES // (4 * max(1, *task.pattern.shape)))
         whole = -(-columns // target.lanes) * target.lanes
         self.columns = whole if task.layout == "tile_major" else max(columns, target.lanes)
         self.x, self.y, self.r = _arrays(task, target, self.columns)
@@ -60,6 +62,8 @@ class Trials:
             try:
                 ready = self._ready[schedule] = self._prepare(schedule)
             except CodeBudgetError:
+                if not self.built:  # the first one is the cost model's: without tuning it would not fit either
+                    raise
                 return math.inf
         run, calls = ready.run, ready.calls
         for _ in range(max(1, calls // 3)):

@@ -58,7 +58,7 @@ def request(tune: Any, tuning: Any, columns: Any) -> Tuning | None:
             where="columns",
             hint=f"Use None or an int from 1 to {_MOST_COLUMNS}.",
         )
-    if tuning is not None and (not isinstance(tuning, (str, os.PathLike)) or not str(tuning)):
+    if tuning is not None and (not isinstance(tuning, (str, os.PathLike)) or not str(tuning) or "\0" in str(tuning)):
         raise UnsupportedError(f"tuning={tuning!r} is no path", where="tuning", hint="Name a file, or use 'off'.")
     if tune is None and tuning is None:
         return None
@@ -102,7 +102,7 @@ def run(task: Task, target: Target, wanted: Tuning, build: Callable[[Schedule], 
     record = _record(task, target, wanted, result)
     if wanted.database is not None:
         wanted.database.add(record)
-    over = f"{len(result.trials)} schedules in {1e3 * result.elapsed:.0f} ms on {wanted.columns} columns"
+    over = f"{len(result.trials)} schedules in {1e3 * result.elapsed:.0f} ms on {measure.columns} columns"
     return Choice(
         result.best.schedule, f"tuned now: {_words(record)}; {over}", measure.built[result.best.schedule], result
     )

@@ -20,14 +20,14 @@ def candidates(task: Task, target: Target, spare: int, columns: int, most: int) 
 
     Behind it come schedules that differ from it in what was seen to matter, in the order in which they won most in
     sweeps (docs/design/0013); then combinations of everything. All are legal with ``spare`` registers taken, and no
-    two do the same: each is the plainest one that does what it does.
+    two do the same on so many columns.
     """
-    found: dict[Schedule, None] = {}
+    found: dict[Schedule, Schedule] = {}
     for schedule in _all(task, target, spare):
-        found.setdefault(canonical(task, schedule, target, columns))
+        found.setdefault(canonical(task, schedule, target, columns), schedule)
         if len(found) >= most:
             break
-    return list(found)
+    return list(found.values())
 
 
 def plausible(task: Task, schedule: Schedule) -> bool:
