@@ -146,7 +146,8 @@ def _begins(
     """
     n, blocks = p.taps.size, p.n_blocks
     at = np.full((p.segments, blocks, rows), n)
-    at.reshape(-1)[(cells * rows + p.accumulator)[::-1]] = np.arange(n)[::-1]  # of several, the last assignment stays
+    backwards = slice(None, None, -1)  # of several, the last assignment stays
+    at.reshape(-1)[(cells * rows + p.accumulator)[backwards]] = np.arange(n - 1, -1, -1)
     taken = at < n
     before = np.zeros_like(taken)  # there is a bias, or there were taps
     before[0] = bias

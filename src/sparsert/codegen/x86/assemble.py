@@ -100,6 +100,8 @@ def instruction_text(name: str, enc: int, c: dict[str, int], bcast: bool = False
             words.append(register(kind, c["reg"]))
         elif letter == "v":
             words.append(register(kind, c["vvvv"]))
+        elif letter == "o":
+            words.append(register(kind, c["rm"]))
         elif letter == "m":
             words.append(register(kind, c["rm"]) if "rm" in c else memory(kind))
         elif letter == "s":
