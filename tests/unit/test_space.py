@@ -127,18 +127,19 @@ def test_lines_that_are_no_schedules(text: str) -> None:
 
 
 def test_segments_in_the_first_cache(rng: np.random.Generator) -> None:
-    """Where loads of x bound, segments of x fit L1 and their code a quarter of L2; else x or code stays as it was."""
+    """Where loads of x bound and code is short, segments of x fit L1; else x or code stays as it was."""
     target = TARGETS["x86-avx512"]
 
     def chosen(rows: int, cols: int, density: float) -> Schedule:
         return cost.choose(Task(as_sparse(dense_matrix(rng, rows, cols, density)).pattern), target, 1)
 
-    near = chosen(300, 1200, 0.05)
+    near = chosen(200, 1200, 0.05)
     assert (near.k_segment, near.blocks, near.order) == (256, 0, "natural")
     assert near.k_segment * target.tile_bytes <= target.l1d // 2
-    assert chosen(300, 1200, 0.03).k_segment == 512  # fewer taps in a segment would not pay for carrying sums
-    assert chosen(300, 1200, 0.005).k_segment == 0
-    assert chosen(300, 400, 0.05).k_segment == 0  # its x fits L1 as it is
-    assert chosen(300, 1200, 0.15).blocks == 1  # multiply-adds bound
-    assert chosen(4000, 1200, 0.05).k_segment == 0  # the code of a segment would fill L2
+    assert chosen(200, 1200, 0.03).k_segment == 512  # fewer taps in a segment would not pay for carrying sums
+    assert chosen(200, 1200, 0.005).k_segment == 0
+    assert chosen(200, 400, 0.05).k_segment == 0  # its x fits L1 as it is
+    assert chosen(200, 1200, 0.15).blocks == 1  # multiply-adds bound
+    cold = chosen(1000, 1200, 0.05)  # more code than that comes from far away and is prefetched instead
+    assert (cold.k_segment, cold.blocks, cold.prefetch) == (0, 1, True)
     assert chosen(20, 1200, 0.05).k_segment == 0  # one block uses each row of x once

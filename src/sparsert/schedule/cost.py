@@ -16,7 +16,6 @@ _SEGMENT_TAPS = 65  # ... if that leaves a row enough work to amortise carrying 
 _LOAD_SHARE = 0.95  # loads that take so much of the time of the multiply-adds decide,
 _X_SHARE = 0.42  # and if so much of theirs goes into x, then it must be in L1
 _CARRIED = 10  # multiply-adds per row and segment that pay for carrying a sum into the next one
-_NEAR_CODE = 0.25  # of L2: code of a segment that all blocks' passes may take
 _ROW_TILES = 8  # tiles that go together where rows are far apart: whole stretches of a row come from memory at once
 _PREFETCH_CODE = 4  # times L1: code that comes from further away than L2 sooner or later
 _MOST_GROUPED = 4096  # rows: grouping takes about 15 us a row
@@ -50,8 +49,8 @@ def choose(task: Task, target: Target, spare: int) -> Schedule:
     loads = pattern.rows > rows and load_bound(task, target, rows)  # one block loads everything once in any order
     near = target.l1d // 2 // target.tile_bytes
     near = near if pattern.density * near >= _CARRIED else 2 * near
-    fits = code * near <= _NEAR_CODE * target.l2 * columns  # every tile passes over all code of a segment
-    if loads and x_tile > target.l1d and pattern.density * near >= _CARRIED and fits:
+    far_code = code > _PREFETCH_CODE * target.l1i  # cold, it needs to be prefetched, which goes with single blocks
+    if loads and x_tile > target.l1d and pattern.density * near >= _CARRIED and not far_code:
         return Schedule(rows, near, _ROW_TILES, 0, packing)
     segments = -(-columns // _SEGMENT)
     long = segments > 1 and _SEGMENT * pattern.density >= _SEGMENT_TAPS
@@ -68,7 +67,7 @@ def choose(task: Task, target: Target, spare: int) -> Schedule:
         blocks,
         packing,
         order="overlap" if grouped else "natural",
-        prefetch=not tiles and blocks == 1 and code > _PREFETCH_CODE * target.l1i,
+        prefetch=not tiles and blocks == 1 and far_code,
     )
 
 
