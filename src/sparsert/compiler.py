@@ -9,19 +9,22 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from .codegen.assemble import assemble, listing
 from .codegen.vector import Program
-from .codegen.x86.assemble import assemble, listing
 from .errors import CodeBudgetError, ScheduleError, ShapeError, UnsupportedError, ValueRangeError
 from .kernels import activations, matmul
 from .operators import tuned
 from .operators.arrays import Array, as_input
+from .operators.dense import DenseProduct
 from .operators.matmul import Compiled, CompiledLinear, CompiledMatmul, Product, Stats
 from .operators.native import NativeProduct
+from .operators.product import CompiledProduct, ProductSpec
 from .operators.reference import ReferenceProduct
 from .operators.trials import Built
 from .runtime import host
 from .runtime.cpu import Executable
 from .schedule import cost
+from .schedule.dense import DenseSchedule
 from .schedule.schedule import Schedule
 from .schedule.task import LAYOUTS, Task
 from .schedule.tuner import Tuning
@@ -30,7 +33,7 @@ from .target import Target
 
 PRECISIONS = ("f32",)
 MAX_CODE_BYTES = 1 << 30  # branches reach 2 GiB
-_LEAST_BYTES = 7  # per nonzero: what refuses a hopeless budget before any work is done
+_LEAST_BYTES = 5  # per nonzero: what refuses a hopeless budget before any work is done
 
 _Kind = TypeVar("_Kind", CompiledMatmul, CompiledLinear)
 
@@ -38,8 +41,8 @@ _Kind = TypeVar("_Kind", CompiledMatmul, CompiledLinear)
 def compile_matmul(
     weight: Any, bias: Any = None, activation: Any = None, *, residual: str | None = None, precision: str = "f32",
     target: str = "native", threads: int | None = None, layout: str = "row_major", schedule: Schedule | None = None,
-    max_code_bytes: int | None = None, tune: str | None = None, tuning: str | os.PathLike[str] | None = None,
-    columns: int | None = None,
+    max_code_bytes: int | None = None, form: str | None = None, tune: str | None = None,
+    tuning: str | os.PathLike[str] | None = None, columns: int | None = None,
 ) -> CompiledMatmul:  # fmt: skip
     """Compile ``y = act(W @ x + b)`` for a sparse W.
 
@@ -52,11 +55,15 @@ def compile_matmul(
             ``sparsert.Clip(lo, hi)``.
         residual: None, or "before" / "after": a residual given at each call is added before or after the activation.
         precision: "f32".
-        target: "native" (the best this machine executes), "x86-avx512", "x86-avx2" or "reference" (NumPy, everywhere).
+        target: "native" (the best this machine executes), "x86-avx512", "x86-avx2",
+            "aarch64-neon" or "reference" (NumPy, everywhere).
         threads: upper bound; None is what affinity mask and cgroup quota allow. One thread is used at present.
         layout: "row_major" (x (K, N)) or "tile_major" (x (T, K, tile), as layers inside a network exchange it).
-        schedule: how to block the product; None leaves it to the cost model.
+        schedule: how to block the product, in the sparse form; None leaves it to the cost model.
         max_code_bytes: refuse to generate more code than this.
+        form: "sparse" (unrolled over the nonzeros), "dense" (looped over all elements: one code for every shape, but
+            where W has zeros they are factors too, and 0 * inf is NaN) or None: dense where nothing is zero and W is
+            large enough for it. ``explain()`` says what was chosen, and where "dense" would be faster.
         tune: None leaves the schedule to the cost model; "fast" and "full" measure some (8, or up to 96) schedules and
             take the fastest, unless it is recorded already. "fast" takes up to 0.5 s per 50,000 nonzeros. Results are
             the same bits whatever the schedule.
@@ -74,15 +81,15 @@ def compile_matmul(
         raise UnsupportedError(f"unknown layout {layout!r}", where="layout", hint=f"Known: {', '.join(LAYOUTS[:2])}.")
     return _compile(
         CompiledMatmul, weight, bias, activation, residual, precision, target, threads, layout, schedule,
-        max_code_bytes, tune, tuning, columns,
+        max_code_bytes, form, tune, tuning, columns,
     )  # fmt: skip
 
 
 def compile_linear(
     weight: Any, bias: Any = None, activation: Any = None, *, residual: str | None = None, precision: str = "f32",
     target: str = "native", threads: int | None = None, schedule: Schedule | None = None,
-    max_code_bytes: int | None = None, tune: str | None = None, tuning: str | os.PathLike[str] | None = None,
-    columns: int | None = None,
+    max_code_bytes: int | None = None, form: str | None = None, tune: str | None = None,
+    tuning: str | os.PathLike[str] | None = None, columns: int | None = None,
 ) -> CompiledLinear:  # fmt: skip
     """Compile ``y = act(x @ W.T + b)`` for a sparse W (M, K): x (..., K) to y (..., M), as ``torch.nn.Linear``.
 
@@ -90,8 +97,41 @@ def compile_linear(
     """
     return _compile(
         CompiledLinear, weight, bias, activation, residual, precision, target, threads, "transposed", schedule,
-        max_code_bytes, tune, tuning, columns,
+        max_code_bytes, form, tune, tuning, columns,
     )  # fmt: skip
+
+
+def compile_product(
+    *, transpose_a: bool = False, transpose_b: bool = False, scale: float = 1.0, activation: Any = None,
+    target: str = "native",
+) -> CompiledProduct:  # fmt: skip
+    """Compile ``y = act(scale * a @ b)`` for two activations, as in attention: a (..., M, K), b (..., K, N).
+
+    M, K, N and the leading axes, which broadcast, are those of each call; one piece of code serves them all.
+
+    Args:
+        transpose_a: a is (..., K, M).
+        transpose_b: b is (..., N, K).
+        scale: the sums are multiplied by this, rounded to float32.
+        activation, target: as in :func:`compile_matmul`.
+
+    Raises:
+        UnsupportedError: an unknown activation or target. ValueRangeError: ``scale`` is no finite number.
+        TargetUnavailableError, ExecutableMemoryError: as in :func:`compile_matmul`.
+    """
+    for name, flag in (("transpose_a", transpose_a), ("transpose_b", transpose_b)):
+        if not isinstance(flag, (bool, np.bool_)):
+            raise UnsupportedError(f"{name}={flag!r} is neither True nor False", where=name)
+    try:
+        with np.errstate(over="ignore"):
+            factor = float(np.float32(scale))
+    except (TypeError, ValueError, OverflowError):
+        factor = np.nan
+    if not np.isfinite(factor):
+        raise ValueRangeError(f"{scale!r} is no finite number", where="scale", hint="1 / sqrt(64) is usual.")
+    found, parameters = activations.parse(activation)
+    spec = ProductSpec(bool(transpose_a), bool(transpose_b), factor, found.name if found else None, parameters)
+    return CompiledProduct(spec, host.resolve(target))
 
 
 def compile_listing(
@@ -133,8 +173,8 @@ def tune_layer(
 
 def _compile(
     kind: type[_Kind], weight: Any, bias: Any, activation: Any, residual: str | None, precision: str, target: str,
-    threads: int | None, layout: str, schedule: Schedule | None, max_code_bytes: int | None, tune: str | None,
-    tuning: str | os.PathLike[str] | None, columns: int | None,
+    threads: int | None, layout: str, schedule: Schedule | None, max_code_bytes: int | None, form: str | None,
+    tune: str | None, tuning: str | os.PathLike[str] | None, columns: int | None,
 ) -> _Kind:  # fmt: skip
     started = time.perf_counter()
     permitted = _threads(threads)
@@ -146,24 +186,34 @@ def _compile(
     if schedule is not None and tune is not None:
         raise UnsupportedError("a given schedule leaves nothing to tune", where="tune", hint="Give one of the two.")
     permitted_bytes = _budget(max_code_bytes)
+    chosen: Schedule | DenseSchedule | None
+    dense_reason = _dense(form, task, found, schedule)
     if found.isa == "reference":
         product: Product = ReferenceProduct(task)
         product.load(matrix.values, b)
         chosen, reason, code_bytes, instructions, reuse, list_code = None, "", 0, 0, 0.0, _no_listing
+    elif dense_reason:
+        task = replace(task, layout="transposed" if kind is CompiledLinear else task.layout)
+        dense = product = DenseProduct(task, found)
+        product.load(matrix.values, b)
+        chosen, reason, reuse = dense.schedule, dense_reason, float(dense.code.rows)
+        code_bytes, instructions, list_code = dense.code.size, dense.code.instructions, dense.listing
+        _within(code_bytes, permitted_bytes)
     else:
         budget = _hopeful(permitted_bytes, matrix.pattern.nnz)
 
         def build(candidate: Schedule) -> Built:
             return _build(task, candidate, found, budget, matrix.values, b)
 
+        built: Built | None = None
         if schedule is None and wanted is not None:
-            chosen, reason, built, _ = tuned.choose(task, found, wanted, build)
+            fixed, reason, built, _ = tuned.choose(task, found, wanted, build)
         else:
-            chosen, built = _schedule(task, found, schedule), None
-            reason = "given by the caller" if schedule else cost.reason(task, found, chosen)
-        kernel, product, code_bytes, instructions = built or build(chosen)
+            fixed = _schedule(task, found, schedule)
+            reason = "given by the caller" if schedule else cost.reason(task, found, fixed)
+        chosen = fixed
+        kernel, product, code_bytes, instructions = built or build(fixed)
         reuse = matrix.pattern.nnz / max(1, kernel.x_loads)
-        fixed = chosen
 
         def list_code() -> str:
             return listing(matmul.generate(task, fixed, found).program, found.isa)
@@ -180,12 +230,7 @@ def _build(task: Task, schedule: Schedule, target: Target, budget: int, values: 
     """Machine code with its values, ready to be called."""
     kernel = matmul.generate(task, schedule, target)
     code = assemble(kernel.program, target.isa)
-    if len(code.code) > budget:
-        raise CodeBudgetError(
-            f"the code takes {len(code.code)} bytes, {budget} are permitted",
-            where="max_code_bytes",
-            hint="Raise the budget, or use target='reference'.",
-        )
+    _within(len(code.code), budget)
     kernel = replace(kernel, program=Program({}, (), 0, {}))  # twice as large as the code, and not needed any more
     product = NativeProduct(task, schedule, target, kernel, Executable(code.code))
     product.load(values, bias)
@@ -249,6 +294,30 @@ def _budget(given: int | None) -> int:
             f"{given!r} is not a number of bytes", where="max_code_bytes", hint="Use None or an int from 0 on."
         )
     return min(int(budget), MAX_CODE_BYTES)
+
+
+def _within(size: int, budget: int) -> None:
+    if size > budget:
+        raise CodeBudgetError(
+            f"the code takes {size} bytes, {budget} are permitted",
+            where="max_code_bytes",
+            hint="Raise the budget, or use target='reference'.",
+        )
+
+
+def _dense(form: Any, task: Task, target: Target, schedule: Schedule | None) -> str:
+    """Why the dense form is used, or an empty string where it is not."""
+    if not (form is None or (isinstance(form, str) and form in ("sparse", "dense"))):
+        raise UnsupportedError(f"unknown form {form!r}", where="form", hint="Use None, 'sparse' or 'dense'.")
+    if form == "dense" and schedule is not None:
+        raise ScheduleError("a schedule is of the sparse form", where="schedule", hint="Leave it out, or form='dense'.")
+    if form == "dense" and task.layout == "tile_major":
+        raise UnsupportedError("the dense form takes no tile-major arrays", where="layout", hint="Use 'row_major'.")
+    if form == "sparse" or schedule is not None or task.layout == "tile_major" or not task.pattern.nnz:
+        return ""
+    if form == "dense":
+        return "given by the caller"
+    return cost.dense_reason(task, target)
 
 
 def _hopeful(budget: int, nnz: int) -> int:

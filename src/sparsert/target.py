@@ -17,12 +17,15 @@ class Target:
         lanes: float32 lanes of a vector register, which is also the number of columns of a tile.
         registers: vector registers.
         embedded_broadcast: an FMA may broadcast one float from memory by itself.
-        needs: CPU features (as CPUID names them) without which the code faults.
+        by_element: a multiply-add takes its weight from any element of a register: one load brings several weights.
+        addend_only: multiply-adds overwrite their addend, and no form overwrites a factor.
+        scratch: how many vector registers, the last ones, element-wise code leaves to sequences of its instruction set.
+        machine: what this code runs on, as the platform names it.
+        needs: CPU features (as CPUID or the system names them) without which the code faults.
         l1i, l1d, l2: bytes of cache per core.
         fmas, loads, broadcasts: what a core starts in a cycle: vector multiply-adds, loads of a whole vector, loads of
             one float that is then broadcast (in the multiply-add, or by an instruction of its own).
         fma_bytes: code of a nonzero, with its share of everything else.
-        far_fetch: bytes of code a cycle that the front end gets from beyond its first cache.
     """
 
     name: str
@@ -31,6 +34,10 @@ class Target:
     registers: int = 0
     embedded_broadcast: bool = False
     needs: tuple[str, ...] = ()
+    by_element: bool = False
+    addend_only: bool = False
+    scratch: int = 0
+    machine: str = "x86-64"
     l1i: int = 32 << 10
     l1d: int = 32 << 10
     l2: int = 1 << 20
@@ -38,7 +45,6 @@ class Target:
     loads: float = 1.0
     broadcasts: float = 2.0
     fma_bytes: float = 9.5
-    far_fetch: float = 8.0
 
     @property
     def tile_bytes(self) -> int:
@@ -49,14 +55,33 @@ class Target:
 # Throughputs are those of Zen 4 (AMD, Software Optimization Guide for the Zen 4 Microarchitecture, publication 57647):
 # vectors of 512 bits take both halves of the multiply-add pipes and of the vector unit's load ports, of 256 bits one.
 # Measured multiply-adds agree (117.5 GFLOP/s at 3.67 GHz are one of 16 lanes a cycle). Bytes of code are medians over
-# the benchmarks' layers. The fetch was measured on code that runs once, out of L2 (docs/design/0010).
+# the benchmarks' layers. For AArch64 they are those of Neoverse N1 (Arm, Neoverse N1 Software Optimization Guide: two
+# multiply-adds and two loads a cycle, a load brings four weights), not measured.
 TARGETS = {
     t.name: t
     for t in (
         Target("x86-avx512", "x86-avx512", 16, 32, True, ("avx512f", "avx512bw", "avx512dq", "avx512vl")),
         Target("x86-avx2", "x86-avx2", 8, 16, False, ("avx2", "fma"), fmas=2.0, loads=2.0, fma_bytes=17.0),
+        Target(
+            "aarch64-neon",
+            "aarch64-neon",
+            4,
+            32,
+            False,
+            ("asimd",),
+            by_element=True,
+            addend_only=True,
+            scratch=2,
+            machine="aarch64",
+            l1i=64 << 10,
+            l1d=64 << 10,
+            fmas=2.0,
+            loads=2.0,
+            broadcasts=8.0,
+            fma_bytes=7.0,
+        ),
         Target("reference", "reference", 16),
     )
 }
-NATIVE_ORDER = ("x86-avx512", "x86-avx2")
+NATIVE_ORDER = ("x86-avx512", "x86-avx2", "aarch64-neon")
 """Which target ``native`` stands for: the first one available."""

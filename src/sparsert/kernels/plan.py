@@ -88,12 +88,16 @@ def plan(taps: Taps, extent: int, order: NDArray[np.int64], schedule: Schedule, 
 
 
 def _fold_width(taps: Taps, extent: int) -> int:
-    """Input rows per fold, 0 for none.
+    """Input rows per fold, 0 for none; see :func:`fold_width`."""
+    return fold_width(int(np.bincount(taps.row).max()), extent) if extent > FOLD_TAPS and len(taps) else 0
+
+
+def fold_width(most: int, extent: int) -> int:
+    """Of ``extent`` input rows, how many a sum of at most ``most`` products takes at a time; 0: all.
 
     One running sum over tens of thousands of products of one sign would drift beyond the error bound. Such rows are
     summed in pieces, whose borders depend on the pattern alone: results stay the same under every schedule.
     """
-    most = int(np.bincount(taps.row).max()) if extent > FOLD_TAPS and len(taps) else 0
     return -(-extent // -(-2 * most // FOLD_TAPS)) if most > FOLD_TAPS else 0
 
 

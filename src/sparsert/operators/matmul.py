@@ -11,6 +11,7 @@ import numpy as np
 
 from ..errors import AliasError, ShapeError, UnsupportedError
 from ..runtime.cpu import address_of
+from ..schedule.dense import DenseSchedule
 from ..schedule.schedule import Schedule
 from ..schedule.task import Task
 from ..target import Target
@@ -61,7 +62,10 @@ class _Passed(NamedTuple):
 
 
 class Product(Protocol):
-    """The computation behind an operator."""
+    """The computation behind an operator; ``narrowest`` is the least number of columns that it takes."""
+
+    @property
+    def narrowest(self) -> int: ...
 
     def load(self, values: Array, bias: Array | None) -> None: ...
 
@@ -96,7 +100,7 @@ class Compiled:
     target: Target
     product: Product
     stats: Stats
-    schedule: Schedule | None
+    schedule: Schedule | DenseSchedule | None
     reason: str
     threads: int
     list_code: Callable[[], str]
@@ -141,8 +145,8 @@ class _Operator(ABC):
         return self._compiled.stats
 
     @property
-    def schedule(self) -> Schedule | None:
-        """How the product is blocked; None on the reference target."""
+    def schedule(self) -> Schedule | DenseSchedule | None:
+        """How the product is blocked, in its sparse or dense form; None on the reference target."""
         return self._compiled.schedule
 
     @property
@@ -194,10 +198,11 @@ class _Operator(ABC):
         tail = "".join((" + bias" if t.bias else "", " + residual" if t.residual == "before" else "",
                         f" > {t.activation}{t.parameters or ''}" if t.activation else "",
                         " + residual" if t.residual == "after" else ""))  # fmt: skip
+        form = "dense" if isinstance(c.schedule, DenseSchedule) else "sparse"
         sparse = f"{100 * (1 - p.density):.1f} % sparse"
         per_row = f"{p.row_min}..{p.row_max} per row, {p.empty_rows} empty rows"
         lines = [
-            f"{p.rows}x{p.cols} sparse product{tail}, x {t.layout}, target {c.target.name}",
+            f"{p.rows}x{p.cols} {form} product{tail}, x {t.layout}, target {c.target.name}",
             f"pattern   {p.nnz} nonzeros ({sparse}), {per_row}",
         ]
         if c.schedule is not None:
@@ -304,7 +309,7 @@ class _Operator(ABC):
         x = x if packed_columns(x) else np.ascontiguousarray(x)
         r = r if r is None or packed_columns(r) else np.ascontiguousarray(r)
         target = y if packed_columns(y) else empty(y.shape)
-        if columns < self.tile:
+        if columns < self._compiled.product.narrowest:
             tile = self.tile
             xp, rp = _padded(x, axis, tile), None if r is None else _padded(r, axis, tile)
             yp = empty((y.shape[0], tile) if axis == 1 else (tile, y.shape[1]))

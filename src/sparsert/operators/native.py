@@ -88,6 +88,7 @@ class NativeProduct:
     def __init__(self, task: Task, schedule: Schedule, target: Target, kernel: Kernel, executable: Executable) -> None:
         self.task, self.schedule, self.target, self.kernel = task, schedule, target, kernel
         self.executable = executable
+        self.narrowest = target.lanes
         # One entry, which all bindings see: the packed values and their address.
         self.values: list[tuple[Array, int]] = [(aligned_empty(0), 0)]
         # If no fewer vectors of x are loaded where the caller has it than stored of y, its rows get aligned.
