@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from .codegen.assemble import assemble, listing
 from .codegen.parking import PoolCode
+from .codegen.vector import Program
 from .errors import CodeBudgetError, ExecutableMemoryError, ScheduleError, ShapeError, UnsupportedError, ValueRangeError
 from .kernels import activations, matmul, worker
+from .operators import tuned
 from .operators.arrays import Array, as_input
 from .operators.dense import DenseProduct
 from .operators.matmul import Compiled, CompiledLinear, CompiledMatmul, Product, Stats
 from .operators.native import Crew, NativeProduct
 from .operators.product import CompiledProduct, ProductSpec
 from .operators.reference import ReferenceProduct
+from .operators.trials import Built
 from .runtime import host, workers
 from .runtime.cpu import Executable
 from .schedule import cost
-from .schedule.dense import DenseSchedule
 from .schedule.schedule import Schedule, most_rows
 from .schedule.task import LAYOUTS, Task
+from .schedule.tuner import Tuning
 from .sparsity.partition import balanced
 from .sparsity.pattern import Pattern, SparseMatrix, as_sparse, require_finite
 from .target import Target
@@ -40,7 +44,8 @@ _Kind = TypeVar("_Kind", CompiledMatmul, CompiledLinear)
 def compile_matmul(
     weight: Any, bias: Any = None, activation: Any = None, *, residual: str | None = None, precision: str = "f32",
     target: str = "native", threads: int | None = None, layout: str = "row_major", schedule: Schedule | None = None,
-    max_code_bytes: int | None = None, form: str | None = None,
+    max_code_bytes: int | None = None, form: str | None = None, tune: str | None = None,
+    tuning: str | os.PathLike[str] | None = None, columns: int | None = None,
 ) -> CompiledMatmul:  # fmt: skip
     """Compile ``y = act(W @ x + b)`` for a sparse W.
 
@@ -65,6 +70,12 @@ def compile_matmul(
         form: "sparse" (unrolled over the nonzeros), "dense" (looped over all elements: one code for every shape, but
             where W has zeros they are factors too, and 0 * inf is NaN) or None: dense where nothing is zero and W is
             large enough for it. ``explain()`` says what was chosen, and where "dense" would be faster.
+        tune: None leaves the schedule to the cost model; "fast" and "full" measure some (8, or up to 96) schedules and
+            take the fastest, unless it is recorded already. "fast" takes up to 0.5 s per 50,000 nonzeros. Results are
+            the same bits whatever the schedule.
+        tuning: the file of records, or "off". By default what the variable SPARSERT_TUNING says, or a file in the
+            user's cache folder, if ``tune`` is given; without ``tune`` records are used where ``tuning`` names them.
+        columns: N to tune for, and to look up; 196 by default. Any N can be computed.
 
     Raises:
         ShapeError, DTypeError, FormatError, ValueRangeError, UnsupportedError: what is wrong with an argument.
@@ -76,33 +87,24 @@ def compile_matmul(
         raise UnsupportedError(f"unknown layout {layout!r}", where="layout", hint=f"Known: {', '.join(LAYOUTS[:2])}.")
     return _compile(
         CompiledMatmul, weight, bias, activation, residual, precision, target, threads, layout, schedule,
-        max_code_bytes, form,
+        max_code_bytes, form, tune, tuning, columns,
     )  # fmt: skip
 
 
 def compile_linear(
     weight: Any, bias: Any = None, activation: Any = None, *, residual: str | None = None, precision: str = "f32",
     target: str = "native", threads: int | None = None, schedule: Schedule | None = None,
-    max_code_bytes: int | None = None, form: str | None = None,
+    max_code_bytes: int | None = None, form: str | None = None, tune: str | None = None,
+    tuning: str | os.PathLike[str] | None = None, columns: int | None = None,
 ) -> CompiledLinear:  # fmt: skip
     """Compile ``y = act(x @ W.T + b)`` for a sparse W (M, K): x (..., K) to y (..., M), as ``torch.nn.Linear``.
 
     Arguments and errors are those of :func:`compile_matmul`.
     """
     return _compile(
-        CompiledLinear,
-        weight,
-        bias,
-        activation,
-        residual,
-        precision,
-        target,
-        threads,
-        "transposed",
-        schedule,
-        max_code_bytes,
-        form,
-    )
+        CompiledLinear, weight, bias, activation, residual, precision, target, threads, "transposed", schedule,
+        max_code_bytes, form, tune, tuning, columns,
+    )  # fmt: skip
 
 
 def compile_product(
@@ -155,64 +157,137 @@ def compile_listing(
     return listing(kernel.program, found.isa)
 
 
+def tune_layer(
+    weight: Any, bias: Any = None, activation: Any = None, *, residual: str | None = None, target: str = "native",
+    layout: str = "row_major", tune: str = "fast", tuning: str | os.PathLike[str] | None = None,
+    columns: int | None = None,
+) -> Tuning | None:  # fmt: skip
+    """Measure the schedules of a layer, whatever is recorded, and record the best; None if there is only one.
+
+    Arguments and errors are those of the compile functions; ``layout`` may be "transposed", as for
+    :func:`compile_linear`.
+    """
+    wanted, found, matrix = tuned.request(tune, tuning, columns), host.resolve(target), as_sparse(weight)
+    if not isinstance(layout, str) or layout not in LAYOUTS:
+        raise UnsupportedError(f"unknown layout {layout!r}", where="layout", hint=f"Known: {', '.join(LAYOUTS)}.")
+    if found.isa == "reference" or wanted is None:
+        raise UnsupportedError("the reference target has no schedules", where="target", hint="Name a compiled target.")
+    task, b = make_task(matrix, bias, activation, residual, "f32", layout)
+    budget = _hopeful(MAX_CODE_BYTES, matrix.pattern.nnz)
+    return tuned.run(task, found, wanted, lambda s: _build(task, s, found, budget, matrix.values, b)).tuning
+
+
 def _compile(
     kind: type[_Kind], weight: Any, bias: Any, activation: Any, residual: str | None, precision: str, target: str,
     threads: int | None, layout: str, schedule: Schedule | None, max_code_bytes: int | None, form: str | None,
+    tune: str | None, tuning: str | os.PathLike[str] | None, columns: int | None,
 ) -> _Kind:  # fmt: skip
     started = time.perf_counter()
     matrix = as_sparse(weight)
     task, b = make_task(matrix, bias, activation, residual, precision, layout)
-    return kind(build(task, matrix.values, b, target, threads, schedule, max_code_bytes, started), b)
+    wanted = tuned.request(tune, tuning, columns)
+    if schedule is not None and tune is not None:
+        raise UnsupportedError("a given schedule leaves nothing to tune", where="tune", hint="Give one of the two.")
+    request = make_request(target, threads, schedule, max_code_bytes, wanted)
+    dense_reason = _dense(form, task, request.target, schedule)
+    if dense_reason and request.target.isa != "reference":
+        task = replace(task, layout="transposed" if kind is CompiledLinear else task.layout)
+        return kind(_build_dense(task, matrix.values, b, request, dense_reason, started), b)
+    return kind(build(task, matrix.values, b, request, started), b)
+
+
+class Request(NamedTuple):
+    """What a caller asked for beside the task, checked."""
+
+    target: Target
+    threads: int
+    schedule: Schedule | None
+    budget: int
+    tuning: tuned.Tuning | None = None
+
+
+def make_request(
+    target: str, threads: int | None, schedule: Schedule | None, max_code_bytes: int | None,
+    tuning: tuned.Tuning | None = None,
+) -> Request:  # fmt: skip
+    """The arguments that all compile functions share.
+
+    Raises:
+        ValueRangeError, ScheduleError, UnsupportedError, TargetUnavailableError: what is wrong with one.
+    """
+    permitted, found = _threads(threads), host.resolve(target)
+    _check_schedule(schedule)
+    return Request(found, permitted, schedule, _budget(max_code_bytes), tuning)
 
 
 def build(
-    task: Task, values: Array, bias: Array | None, target: str, threads: int | None, schedule: Schedule | None,
-    max_code_bytes: int | None, started: float, native: Callable[..., NativeProduct] = NativeProduct,
-    reference: Callable[[Task], Product] = ReferenceProduct,
+    task: Task, values: Array, bias: Array | None, request: Request, started: float,
+    native: Callable[..., NativeProduct] = NativeProduct, reference: Callable[[Task], Product] = ReferenceProduct,
 ) -> Compiled:  # fmt: skip
     """From a task to what an operator holds."""
-    permitted = _threads(threads)
-    found = host.resolve(target)
-    nnz = task.pattern.nnz
-    _check_schedule(schedule)
-    permitted_bytes = _budget(max_code_bytes)
-    chosen: Schedule | DenseSchedule | None
-    note: Callable[[], str]
-    dense_reason = _dense(form, task, found, schedule)
-    if found.isa == "reference":
-        product: Product = reference(task)
-        chosen, reason, code_bytes, instructions, reuse, list_code = None, "", 0, 0, 0.0, _no_listing
+    target = request.target
+    if target.isa == "reference":
+        product = reference(task)
+        product.load(values, bias)
         note = partial(_one_thread, "the reference target")
-    elif dense_reason:
-        task = replace(task, layout="transposed" if kind is CompiledLinear else task.layout)
-        dense = product = DenseProduct(task, found)
-        chosen, reason, reuse = dense.schedule, dense_reason, float(dense.code.rows)
-        code_bytes, instructions, list_code = dense.code.size, dense.code.instructions, dense.listing
-        _within(code_bytes, permitted_bytes)
-        note = partial(_one_thread, "the dense form")
+        stats = _stats(task, started)
+        return Compiled(task, target, product, stats, None, "", request.threads, _no_listing, note)
+    budget = _hopeful(request.budget, task.pattern.nnz)
+
+    def make(candidate: Schedule) -> Built:
+        return _build(task, candidate, target, budget, values, bias, native)
+
+    built: Built | None = None
+    if request.schedule is None and request.tuning is not None:
+        chosen, reason, built, _ = tuned.choose(task, target, request.tuning, make)
     else:
-        budget = _hopeful(permitted_bytes, matrix.pattern.nnz)
-        chosen = fixed = _schedule(task, found, schedule)
-        reason = "given by the caller" if schedule else cost.reason(task, found, fixed)
-        kernel = matmul.generate(task, fixed, found)
-        code = assemble(kernel.program, found.isa)
-        _within(len(code.code), budget)
-        several = permitted > 1 and workers.supported()
-        crew = _crew(task, found, schedule, permitted, budget - len(code.code)) if several else None
-        product = native = NativeProduct(task, fixed, found, kernel, Executable(code.code), crew)
-        note = native.threads_note
-        code_bytes, instructions = len(code.code), code.instructions
-        reuse = matrix.pattern.nnz / max(1, kernel.x_loads)
+        chosen = _schedule(task, target, request.schedule)
+        reason = "given by the caller" if request.schedule else cost.reason(task, target, chosen)
+    kernel, made, code_bytes, instructions = built or make(chosen)
+    if request.threads > 1 and workers.supported():
+        made.share(_crew(task, target, request.schedule, request.threads, budget - code_bytes))
+    stats = _stats(task, started, code_bytes, instructions, task.pattern.nnz / max(1, kernel.x_loads))
 
-        def list_code() -> str:
-            return listing(matmul.generate(task, fixed, found).program, found.isa)
+    def list_code() -> str:
+        return listing(matmul.generate(task, chosen, target).program, target.isa)
 
+    return Compiled(task, target, made, stats, chosen, reason, request.threads, list_code, made.threads_note)
+
+
+def _build_dense(
+    task: Task, values: Array, bias: Array | None, request: Request, reason: str, started: float
+) -> Compiled:
+    product = DenseProduct(task, request.target)
     product.load(values, bias)
+    code = product.code
+    _within(code.size, request.budget)
+    stats = _stats(task, started, code.size, code.instructions, float(code.rows))
+    note = partial(_one_thread, "the dense form")
+    return Compiled(
+        task, request.target, product, stats, product.schedule, reason, request.threads, product.listing, note
+    )
+
+
+def _stats(task: Task, started: float, code_bytes: int = 0, instructions: int = 0, reuse: float = 0.0) -> Stats:
+    nnz = task.pattern.nnz
     value_bytes = 4 * (nnz + (task.pattern.rows if task.bias else 0))
     per_nonzero = (code_bytes + value_bytes) / max(1, nnz) if code_bytes else 0.0
     seconds = time.perf_counter() - started
-    stats = Stats(nnz, matrix.pattern.density, code_bytes, value_bytes, per_nonzero, reuse, instructions, seconds)
-    return kind(Compiled(task, found, product, stats, chosen, reason, permitted, list_code, note), b)
+    return Stats(nnz, task.pattern.density, code_bytes, value_bytes, per_nonzero, reuse, instructions, seconds)
+
+
+def _build(
+    task: Task, schedule: Schedule, target: Target, budget: int, values: Array, bias: Array | None,
+    native: Callable[..., NativeProduct] = NativeProduct,
+) -> Built:  # fmt: skip
+    """Machine code with its values, ready to be called."""
+    kernel = matmul.generate(task, schedule, target)
+    code = assemble(kernel.program, target.isa)
+    _within(len(code.code), budget)
+    kernel = replace(kernel, program=Program({}, (), 0, {}))  # twice as large as the code, and not needed any more
+    product = native(task, schedule, target, kernel, Executable(code.code))
+    product.load(values, bias)
+    return Built(kernel, product, len(code.code), code.instructions)
 
 
 def _crew(task: Task, target: Target, schedule: Schedule | None, threads: int, budget: int) -> Crew:
@@ -239,8 +314,10 @@ def shared_pool(target: Target) -> workers.Pool:
 
 
 def _row_ranges(task: Task, parts: int) -> list[tuple[int, int]]:
-    """Ranges of rows with nearly equal numbers of nonzeros; of transposed products at least four, all but the last in
-    fours."""
+    """Ranges of rows with nearly equal numbers of nonzeros.
+
+    Those of transposed products have at least four rows, and all but the last come in fours.
+    """
     unit = 4 if task.layout == "transposed" else 1
     starts = np.arange(task.pattern.rows // unit) * unit
     cuts = np.unique(balanced(np.add.reduceat(task.pattern.row_counts, starts), parts)) * unit

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .compiler import build, make_task
+from .compiler import build, make_request, make_task
 from .errors import ShapeError, UnsupportedError, ValueRangeError
 from .kernels import depthwise
 from .operators.conv import CompiledConv, ReferenceConv, as_weight, flat
@@ -22,7 +22,6 @@ from .operators.conv_transpose import (
 )
 from .operators.depthwise import DepthwiseProduct
 from .operators.images import ConvProduct
-from .runtime import host
 from .schedule.schedule import Schedule
 from .sparsity.geometry import Padding, pair
 from .sparsity.geometry import padding as read_padding
@@ -81,13 +80,14 @@ def _compile(
     started = time.perf_counter()
     matrix, (kh, kw) = _weight(weight, kernel, axes)
     window = Window((kh, kw), pair(stride, "stride", 1), pair(dilation, "dilation", 1), _groups(groups, matrix))
-    masks = host.resolve(target).masks
+    request = make_request(target, threads, schedule, max_code_bytes)
+    masks = request.target.masks
     window = replace(window, masked=1 <= window.kernel[1] <= masks and pads.covers(window))
     task, b = make_task(matrix, bias, activation, residual, precision, "row_major")
     task = replace(task, window=window)
-    native = DepthwiseProduct if depthwise.fits(task, host.resolve(target)) else ConvProduct
+    native = DepthwiseProduct if depthwise.fits(task, request.target) else ConvProduct
     compiled = build(
-        task, matrix.values, b, target, threads, schedule, max_code_bytes, started,
+        task, matrix.values, b, request, started,
         partial(native, window=window, padding=pads), partial(ReferenceConv, window=window, padding=pads),
     )  # fmt: skip
     return CompiledConv(compiled, b, window, pads, axes)

@@ -104,3 +104,7 @@ class InternalError(SparseRTError, RuntimeError):
     """A broken invariant inside SparseRT: always a bug of ours."""
 
     code = "internal"
+
+
+class TuningWarning(UserWarning):
+    """The records of tuning cannot be read or written, or hold lines that are none. Nothing fails for that."""

@@ -543,7 +543,7 @@ def test_command_writes_json_and_chart(
 ) -> None:
     monkeypatch.setenv("OPENBLAS_NUM_THREADS", "1")
     monkeypatch.setattr(
-        "sparsert.benchmarks.ours.sparsert_forms", lambda threads, target: [product_form("", role="ours")]
+        "sparsert.benchmarks.ours.sparsert_forms", lambda threads, target, tune: [product_form("", role="ours")]
     )
     np.save(tmp_path / "layer.npy", problems.uniform(16, 16, 0.9).to_dense())
     words = ["--problems", str(tmp_path / "layer.npy"), "--columns", "8", "--baseline", "numpy", "--rounds", "1"]

@@ -12,21 +12,26 @@ ROW_MAJOR = ""  # the plain column is just "sparsert"
 TILE_MAJOR = "tile-major"
 
 
-def sparsert_forms(threads: int, target: str = "native") -> list[Form]:
-    """The operator bound to the user's own NumPy memory, and to tile-major buffers as inside a network."""
+def sparsert_forms(threads: int, target: str = "native", tune: str | None = None) -> list[Form]:
+    """The operator bound to the user's own NumPy memory, and to tile-major buffers as inside a network.
+
+    ``tune`` is that of the compile functions, for the columns of each layer.
+    """
 
     def matmul(layer: Layer, layout: str) -> Bound:
         from .. import compile_matmul
 
         start = time.perf_counter()
-        op = compile_matmul(layer.sparse, target=target, threads=threads, layout=layout)
+        columns = max(1, layer.columns) if tune else None
+        op = compile_matmul(layer.sparse, target=target, threads=threads, layout=layout, tune=tune, columns=columns)
         return _bound(op, layer, time.perf_counter() - start)
 
     def linear(layer: Layer) -> Bound:
         from .. import compile_linear
 
         start = time.perf_counter()
-        op = compile_linear(layer.sparse, target=target, threads=threads)
+        columns = max(1, layer.columns) if tune else None
+        op = compile_linear(layer.sparse, target=target, threads=threads, tune=tune, columns=columns)
         return _bound(op, layer, time.perf_counter() - start)
 
     return [

@@ -33,6 +33,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     option("--baseline", metavar="LIST", help=f"of {PEERS}; default: all that are installed")
     option("--threads", type=int, default=1, metavar="N", help="threads of every candidate (default 1)")
     option("--target", default="native", metavar="T", help="native, x86-avx512, x86-avx2, aarch64-neon or reference")
+    option("--tune", choices=("fast", "full"), help="measure SparseRT's schedules, or use the records of tuning")
     option("--rounds", type=int, default=15, metavar="N", help="timing rounds per problem (default 15)")
     option("--by-shape", action="store_true", help="a row of the table for each shape, geometric means of its layers")
     option("--json", type=Path, metavar="OUT", help="write all figures to OUT")
@@ -91,7 +92,7 @@ def _measure(args: argparse.Namespace, out: Console) -> Report:
     with Progress(*columns, console=out, transient=True) as bar:
         task = bar.add_task("loading peers", total=len(found))
         selection = baselines.select(names, args.threads)
-        ours = sparsert_forms(args.threads, args.target)
+        ours = sparsert_forms(args.threads, args.target, args.tune)
 
         def advance(done: int, following: str) -> None:
             bar.update(task, completed=done, description=following)

@@ -15,6 +15,7 @@ COMMANDS = {
     "info": "sparsert.cli.info",
     "asm": "sparsert.cli.asm",
     "bench": "sparsert.cli.bench",
+    "tune": "sparsert.cli.tune",
     "demo": "sparsert.cli.demo",
 }
 

@@ -137,6 +137,8 @@ def as_weight(weight: Any) -> Any:
 class ReferenceConv:
     """The convolution in NumPy, accumulated in float64: the ``reference`` target."""
 
+    narrowest = 0
+
     def __init__(self, task: Task, window: Window, padding: Padding) -> None:
         self.task, self.window, self.padding = task, window, padding
         self._loaded: tuple[Array, Array | None] = (np.zeros(0, np.float32), None)

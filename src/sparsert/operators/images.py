@@ -17,7 +17,7 @@ from ..schedule.task import Task
 from ..sparsity.geometry import Band, Geometry, Padding
 from ..sparsity.taps import Window
 from ..target import Target
-from .native import Array, Binding, NativeProduct
+from .native import Array, Binding, Crew, NativeProduct
 from .team import Solo
 
 _LINE = 16  # floats of a cache line
@@ -34,6 +34,9 @@ class ConvProduct(NativeProduct):
         super().__init__(task, schedule, target, kernel, executable)
         self.window, self.padding = window, padding
         self.aligns_x = False
+
+    def share(self, crew: Crew) -> None:
+        """Convolutions run on the caller alone."""
 
     def bind(self, x: Array, y: Array, r: Array | None, columns: int) -> Binding:
         """The binding for arrays like these: 4-D, or x 5-D with ``columns`` where it comes column phase by phase."""

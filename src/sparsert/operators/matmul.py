@@ -199,7 +199,6 @@ class _Operator(ABC):
         tail = "".join((" + bias" if t.bias else "", " + residual" if t.residual == "before" else "",
                         f" > {t.activation}{t.parameters or ''}" if t.activation else "",
                         " + residual" if t.residual == "after" else ""))  # fmt: skip
-        form = "dense" if isinstance(c.schedule, DenseSchedule) else "sparse"
         sparse = f"{100 * (1 - p.density):.1f} % sparse"
         per_row = f"{p.row_min}..{p.row_max} per row, {p.empty_rows} empty rows"
         lines = [
@@ -218,7 +217,8 @@ class _Operator(ABC):
         return "\n".join(lines)
 
     def _title(self) -> str:
-        return f"{self.shape[0]}x{self.shape[1]} sparse product"
+        form = "dense" if isinstance(self.schedule, DenseSchedule) else "sparse"
+        return f"{self.shape[0]}x{self.shape[1]} {form} product"
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.shape[0]}x{self.shape[1]} nnz={self.stats.nnz} target={self.target}>"

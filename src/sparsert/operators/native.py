@@ -112,10 +112,11 @@ class Binding:
 class NativeProduct:
     """Machine code, packed values and free call frames. Any number of threads may call at once."""
 
-    def __init__(self, task: Task, schedule: Schedule, target: Target, kernel: Kernel, executable: Executable,
-                 crew: Crew | None = None) -> None:  # fmt: skip
+    crew: Crew | None = None
+
+    def __init__(self, task: Task, schedule: Schedule, target: Target, kernel: Kernel, executable: Executable) -> None:
         self.task, self.schedule, self.target, self.kernel = task, schedule, target, kernel
-        self.executable, self.crew = executable, crew
+        self.executable = executable
         self.narrowest = target.lanes
         # One entry, which all bindings see.
         self.values: list[Loaded] = [Loaded({}, {})]
@@ -127,6 +128,11 @@ class NativeProduct:
         self._rows: dict[int, list[tuple[int, NativeProduct]]] = {}  # parts by rows, by how many were asked for
         self._changing = threading.RLock()
         self._splits: dict[int, cost.Split] = {}  # by columns: what calls so far were
+
+    def share(self, crew: Crew) -> None:
+        """Calls for shapes not seen yet may use several threads."""
+        self.crew = crew
+        self._splits.clear()
 
     def load(self, values: Array, bias: Array | None) -> None:
         """Pack new values; calls under way keep the ones they started with."""

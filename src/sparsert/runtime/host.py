@@ -170,6 +170,17 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+@cache
+def cpu_identity() -> str:
+    """The processor's name with family, model and stepping: what a measurement holds for."""
+    fields: dict[str, str] = {}
+    for line in _text(Path("/proc/cpuinfo")).partition("\n\n")[0].splitlines():
+        name, _, value = line.partition(":")
+        fields[name.strip()] = value.strip()
+    numbers = ".".join(fields[name] for name in ("cpu family", "model", "stepping") if name in fields)
+    return f"{cpu_name()} {numbers}".strip()
+
+
 def host_report() -> dict[str, Any]:
     """What ``sparsert info`` prints: cpu, features, targets with the reason where unavailable, caches, threads."""
     targets = {name: unavailable(name) for name in TARGETS}

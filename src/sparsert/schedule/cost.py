@@ -11,16 +11,18 @@ from .task import Task
 # What the rules below were read off (Zen 4, the layers of MobileNetV1 and BERT, uniform patterns of 80 to 98 %).
 _PACKING_BLOCKS = 3  # x is read in place if fewer blocks than this load it
 _COPIED = 48  # so few input rows are packed ahead: cache lines that two tiles share stay in L1 from one to the other
-_PACKING_TAPS = 6  # packing a row of x pays from so many uses on
+_PACKING_TAPS = 7  # packing a row of x beside the multiply-adds pays from so many uses on,
+_COPYING_TAPS = 6  # and in a pass of its own from so many
 _SEGMENT = 1024  # input rows per segment: its part of x stays in L2 and a block's code near L1
-_SEGMENT_TAPS = 2000  # ... if that leaves a block enough work to amortise carrying the sums
-_LOAD_BOUND = 0.06  # below this density loading x costs more than the multiply-adds: keep its tile in L1
+_SEGMENT_TAPS = 65  # ... if that leaves a row enough work to amortise carrying its sum
 _CONV_SEGMENT = 768  # displacements per segment of a convolution,
 _CONV_TAPS = 700  # ... if that leaves a block so much work
-_CLUSTER = 0.055  # and below this one, it pays to group rows that share columns
+_LOAD_SHARE = 0.95  # loads that take so much of the time of the multiply-adds decide,
+_X_SHARE = 0.42  # and if so much of theirs goes into x, then it must be in L1
+_CARRIED = 10  # multiply-adds per row and segment that pay for carrying a sum into the next one
 _ROW_TILES = 8  # tiles that go together where rows are far apart: whole stretches of a row come from memory at once
 _PREFETCH_CODE = 4  # times L1: code that comes from further away than L2 sooner or later
-_MOST_CLUSTERED = 4096  # rows: grouping takes about 15 us a row
+_MOST_GROUPED = 4096  # rows: grouping takes about 15 us a row
 
 LEAST_SHARE = 80_000  # vector multiply-adds of one thread, some 20 us: below, sharing out does not pay
 _FETCHED = 1.7  # vector multiply-adds in the time in which the code and value of one arrive from the second-level cache
@@ -43,8 +45,19 @@ def dense_reason(task: Task, target: Target) -> str:
 
 def code_bytes(task: Task, target: Target) -> float:
     """An estimate of the code: a multiply-add per nonzero and its share of loads."""
-    per_nonzero = 7.0 if target.by_element else 9.5 if target.embedded_broadcast else 17.0
-    return per_nonzero * task.pattern.nnz
+    return target.fma_bytes * task.pattern.nnz
+
+
+def load_bound(task: Task, target: Target, rows: int) -> bool:
+    """Whether loads of x bound the product, and not multiply-adds or loads of weights.
+
+    A block of R rows at density d touches, and loads, ``1 - (1 - d)^R`` of the rows of x, for ``R d`` multiply-adds
+    each of which loads its weight.
+    """
+    m, d = task.pattern.rows, task.pattern.density
+    r = m / max(1, -(-m // rows))
+    x, weights = float(1 - (1 - d) ** r) / target.loads, r * d / target.broadcasts
+    return x + weights >= _LOAD_SHARE * r * d / target.fmas and x >= _X_SHARE * (x + weights)
 
 
 def choose(task: Task, target: Target, spare: int) -> Schedule:
@@ -53,29 +66,32 @@ def choose(task: Task, target: Target, spare: int) -> Schedule:
         return _convolution(task, target, spare)
     pattern = task.pattern
     rows, columns = most_rows(target, spare), pattern.cols
+    code, x_tile = code_bytes(task, target), columns * target.tile_bytes
     reused = pattern.rows > (_PACKING_BLOCKS - 1) * rows
-    packs = task.layout == "row_major" and reused and pattern.nnz >= _PACKING_TAPS * columns
+    how, uses = ("beside", _PACKING_TAPS) if columns > _COPIED else ("ahead", _COPYING_TAPS)
+    packing = how if task.layout == "row_major" and reused and pattern.nnz >= uses * columns else "none"
+    loads = pattern.rows > rows and load_bound(task, target, rows)  # one block loads everything once in any order
+    near = target.l1d // 2 // target.tile_bytes
+    near = near if pattern.density * near >= _CARRIED else 2 * near
+    far_code = code > _PREFETCH_CODE * target.l1i  # cold, it needs to be prefetched, which goes with single blocks
+    if loads and x_tile > target.l1d and pattern.density * near >= _CARRIED and not far_code:
+        return Schedule(rows, near, _ROW_TILES, 0, packing)
     segments = -(-columns // _SEGMENT)
-    if segments > 1 and rows * _SEGMENT * pattern.density >= _SEGMENT_TAPS:
-        k_segment = -(-columns // segments)
-    else:
-        k_segment = 0
-    code = code_bytes(task, target)
-    load_bound = pattern.density <= _LOAD_BOUND and columns * target.tile_bytes <= target.l1d
-    tiles, blocks = 0, 1
+    long = segments > 1 and _SEGMENT * pattern.density >= _SEGMENT_TAPS
+    tiles, blocks, near_x = 0, 1, loads and x_tile <= target.l1d
     if task.layout == "tile_major":
-        blocks = _blocks_per_pass(pattern.rows, rows, code, load_bound, columns * target.tile_bytes, target)
-    elif code <= target.l1i or load_bound:
+        blocks = _blocks_per_pass(pattern.rows, rows, code, near_x, x_tile, target)
+    elif code <= target.l1i or near_x:
         tiles = _ROW_TILES
-    clustered = pattern.density <= _CLUSTER and rows < pattern.rows <= _MOST_CLUSTERED
+    grouped = loads and pattern.rows <= _MOST_GROUPED
     return Schedule(
         rows,
-        k_segment,
+        -(-columns // segments) if long else 0,
         tiles,
         blocks,
-        packing="none" if not packs else "beside" if columns > _COPIED else "ahead",
-        order="overlap" if clustered else "natural",
-        prefetch=not tiles and blocks == 1 and code > _PREFETCH_CODE * target.l1i,
+        packing,
+        order="overlap" if grouped else "natural",
+        prefetch=not tiles and blocks == 1 and far_code,
     )
 
 
@@ -83,18 +99,18 @@ def _convolution(task: Task, target: Target, spare: int) -> Schedule:
     """Loads of x, many of which cross cache lines, bound a convolution: rows that share them go together."""
     pattern, rows, extent = task.pattern, most_rows(target, spare), task.extent
     segments = -(-extent // _CONV_SEGMENT)
-    clustered = rows < pattern.rows <= _MOST_CLUSTERED and task.window is not None and task.window.groups == 1
+    grouped = rows < pattern.rows <= _MOST_GROUPED and task.window is not None and task.window.groups == 1
     return Schedule(
         rows,
         -(-extent // segments) if segments > 1 and rows * _CONV_SEGMENT * pattern.density >= _CONV_TAPS else 0,
-        order="overlap" if clustered else "natural",
+        order="overlap" if grouped else "natural",
     )
 
 
-def _blocks_per_pass(m: int, rows: int, code: float, load_bound: bool, x_tile: int, target: Target) -> int:
+def _blocks_per_pass(m: int, rows: int, code: float, near_x: bool, x_tile: int, target: Target) -> int:
     """Row blocks that pass over the tiles together: as many as fit the instruction cache well, if x fits L1 well."""
     room = target.l1i // 2
-    if code <= room or load_bound:
+    if code <= room or near_x:
         return 0
     return max(1, int(room / code * -(-m // rows))) if x_tile <= target.l1d // 4 else 1
 
@@ -114,10 +130,10 @@ def reason(task: Task, target: Target, schedule: Schedule) -> str:
     pattern, kib = task.pattern, code_bytes(task, target) / 1024
     if task.window:
         return _convolution_reason(schedule)
-    words = [f"{schedule.rows} accumulators leave registers for input, weights and epilogue"]
+    words = [f"chosen by the cost model: {schedule.rows} accumulators leave registers for input, weights and epilogue"]
     if schedule.tiles or schedule.blocks != 1:
         what = f"{schedule.blocks} blocks of code pass" if schedule.blocks > 1 else "all code passes"
-        over = f"{schedule.tiles} tiles at a time" if schedule.tiles else "each tile"
+        over = "each tile" + (f", {schedule.tiles} tiles at a time" if schedule.tiles else "")
         words.append(
             f"of about {kib:.0f} KiB of code, what passes stays in the instruction cache, or x in the data cache, "
             f"so {what} over {over}"
@@ -133,7 +149,8 @@ def reason(task: Task, target: Target, schedule: Schedule) -> str:
     elif task.layout == "row_major":
         words.append("x is read in place: packing would cost more than it saves")
     if schedule.k_segment:
-        words.append(f"K is cut into segments of {schedule.k_segment}, whose part of x fits the second-level cache")
+        cache = "first" if schedule.k_segment * target.tile_bytes <= target.l1d and schedule.blocks != 1 else "second"
+        words.append(f"K is cut into segments of {schedule.k_segment}, whose part of x fits the {cache}-level cache")
     if _DENSE_FORM[target.embedded_broadcast] <= pattern.density < 1 and task.layout != "tile_major":
         words.append("form='dense' would be faster, but multiplies zeros too: 0 * inf is NaN")
     if schedule.order != "natural":
@@ -173,8 +190,10 @@ def split(task: Task, schedule: Schedule, target: Target, threads: int, tiles: i
     if by_rows and (tiles < 2 or time(nnz / parts, tiles) < _WORTH * time(nnz, -(-tiles // parts))):
         return Split("rows", parts)
     return Split("columns", min(parts, tiles)) if tiles > 1 else Split("", 1)
+
+
 def _convolution_reason(schedule: Schedule) -> str:
-    words = [f"{schedule.rows} accumulators leave registers for input, weights and epilogue"]
+    words = [f"chosen by the cost model: {schedule.rows} accumulators leave registers for input, weights and epilogue"]
     if schedule.k_segment:
         words.append("the input is cut into segments whose code and planes stay near the first-level caches")
     if schedule.order != "natural":

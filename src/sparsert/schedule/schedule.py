@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 
@@ -10,6 +11,8 @@ from ..errors import ScheduleError
 from ..sparsity.reorder import ORDERS
 from ..target import Target
 
+FORMAT = 1
+"""Of the line that ``str`` makes of a schedule; rises when a field changes its meaning, not when one is added."""
 PACKING = {
     "none": "x is read where the caller has it",
     "beside": "the first block of every segment stores what it loads there, beside its multiply-adds",
@@ -72,6 +75,29 @@ class Schedule:
                 where="rows",
                 hint=f"Use rows <= {most}.",
             )
+
+    @classmethod
+    def parse(cls, text: str) -> Schedule:
+        """The schedule of a line that ``str`` made; fields that it lacks have their defaults.
+
+        Raises:
+            ScheduleError: it is none.
+        """
+        kinds = {field.name: field.type for field in fields(cls)}
+        found: dict[str, Any] = {}
+        for word in text.split():
+            name, given, value = word.partition("=")
+            if name not in kinds or name in found or (kinds[name] == "bool") == bool(given):
+                raise ScheduleError(f"{word!r} is no field of a schedule", where="schedule")
+            if kinds[name] == "int":
+                if value != "all" and not (value.isascii() and value.isdigit() and len(value) < 10):
+                    raise ScheduleError(f"{word!r} is no number", where=name)
+                found[name] = 0 if value == "all" else int(value)
+            else:
+                found[name] = value if given else True
+        if "rows" not in found:
+            raise ScheduleError(f"{text!r} names no rows", where="rows")
+        return cls(**found)
 
     def __str__(self) -> str:
         return (

@@ -27,8 +27,8 @@ class Task:
     parameters: tuple[float, ...] = ()
     residual: str | None = None
     layout: str = "row_major"
-    height: int = 0
     window: Window | None = None
+    height: int = 0
 
     @cached_property
     def taps(self) -> Taps:

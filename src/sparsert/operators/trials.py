@@ -1,0 +1,110 @@
+"""What a tuner measures with: schedules compiled as they are asked for, on arrays of the caller's kind."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from ..errors import CodeBudgetError
+from ..kernels.matmul import Kernel
+from ..runtime.cpu import address_of
+from ..runtime.memory import aligned_empty
+from ..schedule.schedule import Schedule
+from ..schedule.task import Task
+from ..target import Target
+from .arrays import Array, empty
+from .native import NativeProduct
+
+SAMPLE_SECONDS = 4e-4  # of calls in a row, twice, of which the faster counts: an interrupt spoils one of them
+MOST_CALLS = 1000
+MOST_BYTES = 512 << 20  # of x, of y and of a residual; where more columns are asked for, these tell as much
+
+
+class Built(NamedTuple):
+    """A task under a schedule, as machine code with its values."""
+
+    kernel: Kernel
+    product: NativeProduct
+    code_bytes: int
+    instructions: int
+
+
+@dataclass
+class _Ready:
+    run: Callable[[], None]
+    calls: int
+
+
+class Trials:
+    """``measure(task, schedule)`` for :func:`sparsert.schedule.tuner.tune`; ``built`` keeps what was compiled."""
+
+    def __init__(
+        self, task: Task, target: Target, build: Callable[[Schedule], Built], columns: int,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:  # fmt: skip
+        self.build, self.clock = build, clock
+        columns = min(columns, MOST_BYTES // (4 * max(1, *task.pattern.shape)))
+        whole = -(-columns // target.lanes) * target.lanes
+        self.columns = whole if task.layout == "tile_major" else max(columns, target.lanes)
+        self.x, self.y, self.r = _arrays(task, target, self.columns)
+        self.built: dict[Schedule, Built] = {}
+        self._ready: dict[Schedule, _Ready] = {}
+
+    def __call__(self, task: Task, schedule: Schedule) -> float:
+        """Seconds of a call, warm; infinity where the code would exceed the budget."""
+        ready = self._ready.get(schedule)
+        if ready is None:
+            try:
+                ready = self._ready[schedule] = self._prepare(schedule)
+            except CodeBudgetError:
+                if not self.built:  # the first one is the cost model's: without tuning it would not fit either
+                    raise
+                return math.inf
+        run, calls = ready.run, ready.calls
+        for _ in range(max(1, calls // 3)):
+            run()
+        samples = []
+        for _ in range(2):
+            start = self.clock()
+            for _ in range(calls):
+                run()
+            samples.append(self.clock() - start)
+        return max(min(samples), 1e-9) / calls
+
+    def _prepare(self, schedule: Schedule) -> _Ready:
+        built = self.built[schedule] = self.build(schedule)
+        binding = built.product.bind(self.x, self.y, self.r, self.columns)
+        run = binding.fixed(*(0 if array is None else address_of(array) for array in (self.x, self.y, self.r)))
+        run()  # the first call allocates and faults in what the second finds
+        start = self.clock()
+        run()
+        once = max(self.clock() - start, 1e-7)
+        return _Ready(run, min(MOST_CALLS, math.ceil(SAMPLE_SECONDS / once)))
+
+
+def _arrays(task: Task, target: Target, columns: int) -> tuple[Array, Array, Array | None]:
+    """x, y and the residual, in the layout of the task."""
+    m, k = task.pattern.shape
+    tiles = -(-columns // target.lanes)
+    noise = np.random.default_rng(0).standard_normal(1 << 14, np.float32)
+
+    def filled(extent: int) -> Array:
+        shapes = {
+            "row_major": (extent, columns),
+            "transposed": (columns, extent),
+            "tile_major": (tiles, extent, target.lanes),
+        }
+        shape = shapes[task.layout]
+        if task.layout == "tile_major":  # as inside a network; others lie where NumPy puts them
+            array = aligned_empty(math.prod(shape)).reshape(shape)
+        else:
+            array = empty(shape)
+        array[...] = np.resize(noise, array.shape)
+        return array
+
+    return filled(k), filled(m), filled(m) if task.residual else None
