@@ -12,6 +12,7 @@ from .codegen.x86.assemble import assemble, listing
 from .errors import CodeBudgetError, ScheduleError, ShapeError, UnsupportedError, ValueRangeError
 from .kernels import activations, matmul
 from .operators.arrays import Array, as_input
+from .operators.compact import SmallProducts
 from .operators.matmul import Compiled, CompiledLinear, CompiledMatmul, Product, Stats
 from .operators.native import NativeProduct
 from .operators.reference import ReferenceProduct
@@ -120,6 +121,7 @@ def _compile(
     if found.isa == "reference":
         product: Product = ReferenceProduct(task)
         chosen, reason, code_bytes, instructions, reuse, list_code = None, "", 0, 0, 0.0, _no_listing
+        small = None
     else:
         budget = _hopeful(permitted_bytes, matrix.pattern.nnz)
         chosen = _schedule(task, found, schedule)
@@ -132,7 +134,9 @@ def _compile(
                 where="max_code_bytes",
                 hint="Raise the budget, or use target='reference'.",
             )
-        product = NativeProduct(task, chosen, found, kernel, Executable(code.code))
+        native = NativeProduct(task, chosen, found, kernel, Executable(code.code))
+        product = native
+        small = SmallProducts(task, found, lambda: (native.kernel.unpack(native.values[0][0]), b))
         code_bytes, instructions = len(code.code), code.instructions
         reuse = matrix.pattern.nnz / max(1, kernel.x_loads)
         fixed = chosen
@@ -146,7 +150,7 @@ def _compile(
     per_nonzero = (code_bytes + value_bytes) / max(1, nnz) if code_bytes else 0.0
     seconds = time.perf_counter() - started
     stats = Stats(nnz, matrix.pattern.density, code_bytes, value_bytes, per_nonzero, reuse, instructions, seconds)
-    return kind(Compiled(task, found, product, stats, chosen, reason, permitted, list_code), b)
+    return kind(Compiled(task, found, product, stats, chosen, reason, permitted, list_code, small), b)
 
 
 def _task(

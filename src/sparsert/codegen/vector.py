@@ -77,12 +77,15 @@ def _table() -> tuple[Op, ...]:
         "load4": "dm", "insert4": "dmb", "store4": "amb",
         "zip_lo": "dab", "zip_hi": "dab", "zip2_lo": "dab", "zip2_hi": "dab",
         "set_mask": "dm", "load_mask": "dm", "store_mask": "am", "prefetch": "m",
+        "load_bytes": "dm", "sign_mask": "a", "expand": "dm", "lookup2": "dab", "fma_mask": "dab",
     }  # fmt: skip
     scalar = {
             "s_arg": "di", "s_put": "ai", "s_mov": "da", "s_add": "da", "s_sub": "da", "s_addi": "di", "s_set": "di",
             "s_muli": "dai", "s_add_arg": "di", "s_max_arg": "di", "s_min_arg": "di", "s_const": "d", "s_code": "di",
             "label": "i", "align": "i", "jump": "i", "jump_zero": "ai", "loop": "ai", "call": "i", "ret": "",
             "enter": "", "leave": "",
+            "s_load": "dm", "s_load32": "dm", "s_store32": "am", "s_at8": "damb", "s_at16": "damb", "s_at32": "damb",
+            "s_skip": "d",
     }  # fmt: skip
     return tuple([Op(n, f) for n, f in vector.items()] + [Op(n, f, True) for n, f in scalar.items()])
 

@@ -46,6 +46,12 @@ class Kernel:
         if bias is not None:
             out[p.bias_slot] = bias[p.order]
 
+    def unpack(self, packed: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The values of the pattern (CSR order) that :meth:`pack` has put into ``packed``."""
+        values = np.empty(self.plan.taps.size, np.float32)
+        values[self.plan.taps] = packed[self.plan.value_slot]
+        return values
+
 
 def spare(task: Task, target: Target) -> int:
     """Vector registers no accumulator may take: those of the inner loop or of the epilogue, whichever needs more."""

@@ -26,6 +26,7 @@ from .arrays import (
     require_shape,
     same_view,
 )  # fmt: skip
+from .compact import CompactProduct, SmallProducts
 
 _SIGNATURES = 64
 _Signature = tuple[tuple[int, ...], ...]
@@ -100,6 +101,7 @@ class Compiled:
     reason: str
     threads: int
     list_code: Callable[[], str]
+    small: SmallProducts | None = None
 
 
 class Bound:
@@ -174,7 +176,11 @@ class _Operator(ABC):
 
         values = self._pattern.values_of(new_weight, "new_weight")
         require_finite(values, "new_weight")
-        self._compiled.product.load(values, self._bias)
+        product, small = self._compiled.product, self._compiled.small
+        if small is None:
+            product.load(values, self._bias)
+        else:
+            small.reload(lambda: product.load(values, self._bias))
 
     def __reduce__(self) -> NoReturn:
         raise UnsupportedError(
@@ -253,11 +259,17 @@ class _Operator(ABC):
         binding.call(xa, ya, ra)
         return True
 
-    def _finish(self, x: Array, y: Array, r: Array | None, columns: int, remember: bool) -> _Ready | None:
-        """Run on arrays that the kernel can take, and say how to repeat that; if wanted, ``_again`` knows them now."""
-        binding = self._compiled.product.bind(x, y, r, columns)
+    def _finish(
+        self, x: Array, y: Array, r: Array | None, columns: int, remember: bool, product: Product | None = None
+    ) -> _Ready | None:
+        """Run on arrays that the kernel can take, and say how to repeat that; if wanted, ``_again`` knows them now.
+
+        ``product``: the operator's own unless given.
+        """
+        product = product or self._compiled.product
+        binding = product.bind(x, y, r, columns)
         if binding is None:
-            self._compiled.product.run(x, y, r, columns)
+            product.run(x, y, r, columns)
             return None
         binding.call(address_of(x), address_of(y), 0 if r is None else address_of(r))
         if remember and len(self._passed) < _SIGNATURES:
@@ -299,6 +311,12 @@ class _Operator(ABC):
         if y.size == 0:
             return None
         given = x, r
+        compact = self._compact(columns)
+        if compact is not None:  # takes any strides
+            if r is not None and overlaps(r, y) and not same_view(r, y):
+                r = r.copy()
+            ready = self._finish(x, y, r, columns, as_given and r is given[1], compact)
+            return ready if r is given[1] else None
         if r is not None and overlaps(r, y) and (columns % self.tile or not same_view(r, y)):
             r = r.copy()  # the last tile overlaps the one before and would read what that one wrote
         x = x if packed_columns(x) else np.ascontiguousarray(x)
@@ -316,6 +334,14 @@ class _Operator(ABC):
         if target is not y:
             y[...] = target
         return ready if uncopied else None
+
+
+    def _compact(self, columns: int) -> Product | None:
+        """The product that loops over the pattern as data, where that is best for so many columns."""
+        c = self._compiled
+        if isinstance(c.product, CompactProduct):
+            return c.product
+        return c.small.of(columns) if c.small is not None else None
 
 
 def _padded(array: Array, axis: int, tile: int) -> Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import numpy as np
@@ -29,12 +30,11 @@ class Binding:
 
     __slots__ = ("by_x", "executable", "free", "key", "owner", "unit", "values")
 
-    def __init__(self, product: NativeProduct, key: tuple[int, int, int, int]) -> None:
+    def __init__(self, product: Framed, key: tuple[int, ...]) -> None:
         self.owner, self.key = weakref.ref(product), key  # no cycle: code is unmapped as soon as the operator is gone
         self.executable, self.values = product.executable, product.values
         self.free: dict[int, list[Frame]] = {}  # by how far x or y is off the alignment that its rows share
-        self.unit = product.target.tile_bytes if product.task.layout == "row_major" else 1
-        self.by_x = product.aligns_x
+        self.unit, self.by_x = product.unit, product.aligns_x
 
     def call(self, xa: int, ya: int, ra: int) -> None:
         """One call with x, y and the residual (0: none) at these addresses."""
@@ -60,7 +60,7 @@ class Binding:
             try:
                 frame, loaded = free.pop()
             except IndexError:
-                frame, loaded = owner.new_frame(*key, offset), None
+                frame, loaded = owner.new_frame(key, offset), None
             if loaded is not values[0]:
                 loaded = values[0]  # held with the frame: a refit meanwhile does not free what this call reads
                 frame.point(xa, ya, ra, loaded[1])
@@ -75,26 +75,61 @@ class Binding:
         # A residual that is y itself must be read before its element is written: no tile may overlap another then.
         return (xa if self.by_x else ya) % self.unit if ra != ya else 0
 
-    def _owner(self) -> NativeProduct:
+    def _owner(self) -> Framed:
         owner = self.owner()
         if owner is None:
             raise InternalError("a call outlives its operator")
         return owner
 
 
-class NativeProduct:
-    """Machine code, packed values and free call frames. Any number of threads may call at once."""
+class Framed(ABC):
+    """Machine code, packed values and free call frames. Any number of threads may call at once.
 
-    def __init__(self, task: Task, schedule: Schedule, target: Target, kernel: Kernel, executable: Executable) -> None:
-        self.task, self.schedule, self.target, self.kernel = task, schedule, target, kernel
-        self.executable = executable
-        # One entry, which all bindings see: the packed values and their address.
+    Attributes:
+        unit: bytes that rows are aligned to, those of x if ``aligns_x``, else those of y; 1 for none.
+        values: one entry, which all bindings see: the packed values and their address.
+    """
+
+    def __init__(self, executable: Executable, unit: int, aligns_x: bool) -> None:
+        self.executable, self.unit, self.aligns_x = executable, unit, aligns_x
         self.values: list[tuple[Array, int]] = [(aligned_empty(0), 0)]
-        # If no fewer vectors of x are loaded where the caller has it than stored of y, its rows get aligned.
-        m, k = task.pattern.shape
-        self.aligns_x = k * (1 if schedule.packing != "none" else kernel.plan.n_blocks) >= m
         self._bindings: dict[tuple[int, ...], Binding] = {}
         self._kept = 0  # bytes of scratch in frames, roughly: threads may count at once
+
+    @abstractmethod
+    def bind(self, x: Array, y: Array, r: Array | None, columns: int) -> Binding:
+        """The binding for arrays like these."""
+
+    @abstractmethod
+    def new_frame(self, key: tuple[int, ...], offset: int) -> Frame:
+        """A frame for the binding of ``key``, all but the addresses filled in."""
+
+    def run(self, x: Array, y: Array, r: Array | None, columns: int) -> None:
+        """One call; see :meth:`bind`."""
+        self.bind(x, y, r, columns).call(address_of(x), address_of(y), 0 if r is None else address_of(r))
+
+    def frame(self, binding: Binding, offset: int) -> Frame:
+        """A new frame for ``binding``, which is known from now on; too many, or too large, and all are forgotten."""
+        frame = self.new_frame(binding.key, offset)
+        self._kept += frame.scratch.nbytes
+        if len(self._bindings) >= _SHAPES or self._kept > _KEPT_BYTES:
+            for other in list(self._bindings.values()):
+                other.free.clear()
+            self._bindings.clear()
+            self._kept = frame.scratch.nbytes
+        self._bindings[binding.key] = binding
+        return frame
+
+
+class NativeProduct(Framed):
+    """Code unrolled from a pattern."""
+
+    def __init__(self, task: Task, schedule: Schedule, target: Target, kernel: Kernel, executable: Executable) -> None:
+        # If no fewer vectors of x are loaded where the caller has it than stored of y, its rows get aligned.
+        m, k = task.pattern.shape
+        aligns_x = k * (1 if schedule.packing != "none" else kernel.plan.n_blocks) >= m
+        super().__init__(executable, target.tile_bytes if task.layout == "row_major" else 1, aligns_x)
+        self.task, self.schedule, self.target, self.kernel = task, schedule, target, kernel
 
     def load(self, values: Array, bias: Array | None) -> None:
         """Pack new values; calls under way keep the ones they started with."""
@@ -112,24 +147,9 @@ class NativeProduct:
         binding = self._bindings.get(key)
         return Binding(self, key) if binding is None else binding
 
-    def run(self, x: Array, y: Array, r: Array | None, columns: int) -> None:
-        """One call; see :meth:`bind`."""
-        self.bind(x, y, r, columns).call(address_of(x), address_of(y), 0 if r is None else address_of(r))
-
-    def frame(self, binding: Binding, offset: int) -> Frame:
-        """A new frame for ``binding``, which is known from now on; too many, or too large, and all are forgotten."""
-        frame = self.new_frame(*binding.key, offset)
-        self._kept += frame.scratch.nbytes
-        if len(self._bindings) >= _SHAPES or self._kept > _KEPT_BYTES:
-            for other in list(self._bindings.values()):
-                other.free.clear()
-            self._bindings.clear()
-            self._kept = frame.scratch.nbytes
-        self._bindings[binding.key] = binding
-        return frame
-
-    def new_frame(self, columns: int, x_pitch: int, y_pitch: int, r_pitch: int, offset: int) -> Frame:
+    def new_frame(self, key: tuple[int, ...], offset: int) -> Frame:
         """An argument block for arrays of these shapes and pitches, all but the addresses filled in."""
+        columns, x_pitch, y_pitch, r_pitch = key
         task, lanes, width = self.task, self.target.lanes, self.target.tile_bytes
         m, k = task.pattern.shape
         pitches = (x_pitch, y_pitch, r_pitch)

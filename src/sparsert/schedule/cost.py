@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from ..target import Target
 from .schedule import Schedule, most_rows
 from .task import Task
@@ -99,3 +101,36 @@ def reason(task: Task, target: Target, schedule: Schedule) -> str:
     if schedule.order != "natural":
         words.append("rows that share columns are grouped, since loads of x bound so sparse a product")
     return "; ".join(words)
+
+
+# ---- few columns (design note 0014) ---------------------------------------------------------------------------------
+
+_LOOKUP_COLUMNS = 2  # so many go by lookups: a lookup per column and step, where the loop pays for a vector anyway
+_NARROW = "x86-avx2"  # half as wide vectors do for so few columns
+_WIDE_WINDOW = 0.15  # below this density a window of four registers fills the steps better than two; above, it is full
+
+
+class FewColumns(NamedTuple):
+    """How a product with few columns is computed: for which target, by lookups or looped."""
+
+    target: str
+    by_lookup: bool
+
+
+def window(task: Task, target: Target) -> tuple[int, int]:
+    """Columns of x within reach of a lookup, and steps between two moves of that window."""
+    wide = task.pattern.density < _WIDE_WINDOW
+    return (4 if wide else 2) * target.lanes, 4 if wide else 2
+
+
+def few_columns(task: Task, target: Target, columns: int) -> FewColumns | None:
+    """None where the unrolled code, on columns padded to a tile, is best."""
+    if task.layout == "tile_major" or columns >= target.lanes:
+        return None
+    if target.lanes < 16:
+        return FewColumns(target.name, False)
+    if columns <= _LOOKUP_COLUMNS:
+        return FewColumns(target.name, True)
+    if 2 * columns <= target.lanes:
+        return FewColumns(_NARROW, False)
+    return FewColumns(target.name, False) if code_bytes(task, target) > target.l2 else None
