@@ -12,7 +12,7 @@ from .codegen.x86.assemble import assemble, listing
 from .errors import CodeBudgetError, ScheduleError, ShapeError, UnsupportedError, ValueRangeError
 from .kernels import activations, matmul
 from .operators.arrays import Array, as_input
-from .operators.compact import SmallProducts
+from .operators.compact import CompactProduct, SmallProducts, looped_code_bytes
 from .operators.matmul import Compiled, CompiledLinear, CompiledMatmul, Product, Stats
 from .operators.native import NativeProduct
 from .operators.reference import ReferenceProduct
@@ -51,12 +51,13 @@ def compile_matmul(
         threads: upper bound; None is what affinity mask and cgroup quota allow. One thread is used at present.
         layout: "row_major" (x (K, N)) or "tile_major" (x (T, K, tile), as layers inside a network exchange it).
         schedule: how to block the product; None leaves it to the cost model.
-        max_code_bytes: refuse to generate more code than this.
+        max_code_bytes: generate no more code than this: where unrolled code would, the product loops over the pattern
+            as data, which is slower but takes a few kilobytes of code whatever the layer.
 
     Raises:
         ShapeError, DTypeError, FormatError, ValueRangeError, UnsupportedError: what is wrong with an argument.
         TargetUnavailableError: this machine cannot execute ``target``. ScheduleError: ``schedule`` does not fit it.
-        CodeBudgetError: the code would exceed ``max_code_bytes``.
+        CodeBudgetError: even looped code would exceed ``max_code_bytes``, or that of the given ``schedule`` would.
         ExecutableMemoryError: the system's policy forbids generated code.
     """
     if not isinstance(layout, str) or layout not in LAYOUTS[:2]:
@@ -121,28 +122,32 @@ def _compile(
     if found.isa == "reference":
         product: Product = ReferenceProduct(task)
         chosen, reason, code_bytes, instructions, reuse, list_code = None, "", 0, 0, 0.0, _no_listing
-        small = None
+        small: SmallProducts | None = None
     else:
-        budget = _hopeful(permitted_bytes, matrix.pattern.nnz)
-        chosen = _schedule(task, found, schedule)
-        reason = "given by the caller" if schedule else cost.reason(task, found, chosen)
-        kernel = matmul.generate(task, chosen, found)
-        code = assemble(kernel.program, found.isa)
-        if len(code.code) > budget:
-            raise CodeBudgetError(
-                f"the code takes {len(code.code)} bytes, {budget} are permitted",
-                where="max_code_bytes",
-                hint="Raise the budget, or use target='reference'.",
-            )
-        native = NativeProduct(task, chosen, found, kernel, Executable(code.code))
-        product = native
-        small = SmallProducts(task, found, lambda: (native.kernel.unpack(native.values[0][0]), b))
-        code_bytes, instructions = len(code.code), code.instructions
-        reuse = matrix.pattern.nnz / max(1, kernel.x_loads)
-        fixed = chosen
+        budget = _hopeful(permitted_bytes, matrix.pattern.nnz, schedule is None)
+        unrolled = None if budget is None else _unrolled(task, found, schedule, budget)
+        if unrolled is None:
+            if (needed := looped_code_bytes(task, found)) > permitted_bytes:
+                raise CodeBudgetError(
+                    f"even a loop over the pattern takes {needed} bytes of code, {permitted_bytes} are permitted",
+                    where="max_code_bytes",
+                    hint="Raise the budget, or use target='reference'.",
+                )
+            compact = CompactProduct(task, found, by_lookup=False)
+            product, chosen, list_code = compact, None, compact.listing
+            reason = f"unrolled code would take more than the {permitted_bytes} bytes that are permitted"
+            code_bytes, instructions, reuse = compact.code_bytes, 0, 1.0
+            small = SmallProducts(task, found, lambda: (compact.unpack(compact.values[0][0]), b))
+        else:
+            native, instructions, code_bytes = unrolled
+            product, chosen = native, native.schedule
+            reason = "given by the caller" if schedule else cost.reason(task, found, native.schedule)
+            reuse = matrix.pattern.nnz / max(1, native.kernel.x_loads)
+            small = SmallProducts(task, found, lambda: (native.kernel.unpack(native.values[0][0]), b))
+            fixed = native.schedule
 
-        def list_code() -> str:
-            return listing(matmul.generate(task, fixed, found).program, found.isa)
+            def list_code() -> str:
+                return listing(matmul.generate(task, fixed, found).program, found.isa)
 
     product.load(matrix.values, b)
     nnz = matrix.pattern.nnz
@@ -151,6 +156,28 @@ def _compile(
     seconds = time.perf_counter() - started
     stats = Stats(nnz, matrix.pattern.density, code_bytes, value_bytes, per_nonzero, reuse, instructions, seconds)
     return kind(Compiled(task, found, product, stats, chosen, reason, permitted, list_code, small), b)
+
+
+def _unrolled(
+    task: Task, found: Target, schedule: Schedule | None, budget: int
+) -> tuple[NativeProduct, int, int] | None:
+    """The product with its instructions and bytes of code; None where there are too many, unless the schedule is given.
+
+    Raises:
+        CodeBudgetError: the schedule is given and its code exceeds the budget.
+    """
+    chosen = _schedule(task, found, schedule)
+    kernel = matmul.generate(task, chosen, found)
+    code = assemble(kernel.program, found.isa)
+    if len(code.code) > budget:
+        if schedule is None:
+            return None
+        raise CodeBudgetError(
+            f"the code takes {len(code.code)} bytes, {budget} are permitted",
+            where="max_code_bytes",
+            hint="Raise the budget, leave the schedule out, or use target='reference'.",
+        )
+    return NativeProduct(task, chosen, found, kernel, Executable(code.code)), code.instructions, len(code.code)
 
 
 def _task(
@@ -212,15 +239,18 @@ def _budget(given: int | None) -> int:
     return min(int(budget), MAX_CODE_BYTES)
 
 
-def _hopeful(budget: int, nnz: int) -> int:
+def _hopeful(budget: int, nnz: int, or_looped: bool) -> int | None:
+    """The budget, or None where unrolled code has no hope to keep it and a loop may do."""
     least = nnz * _LEAST_BYTES
-    if least > budget:
-        raise CodeBudgetError(
-            f"{nnz} nonzeros take at least {least} bytes of code, {budget} are permitted",
-            where="max_code_bytes",
-            hint="Raise the budget, split or prune the layer further, or use target='reference'.",
-        )
-    return budget
+    if least <= budget:
+        return budget
+    if or_looped:
+        return None
+    raise CodeBudgetError(
+        f"{nnz} nonzeros take at least {least} bytes of code, {budget} are permitted",
+        where="max_code_bytes",
+        hint="Raise the budget, leave the schedule out, split or prune the layer further, or use target='reference'.",
+    )
 
 
 def _no_listing() -> str:

@@ -211,7 +211,13 @@ def test_code_budget(target: str, rng: np.random.Generator) -> None:
     for compile_ in (sparsert.compile_matmul, sparsert.compile_linear):
         needed = compile_(weight, target=target).stats.code_bytes
         assert compile_(weight, target=target, max_code_bytes=needed).stats.code_bytes == needed
-        for budget in (needed - 1, 1000, 0):
+        looped = compile_(weight, target=target, max_code_bytes=needed - 1)
+        assert 1000 < looped.stats.code_bytes < needed
+        assert looped.schedule is None
+        given = Schedule(rows=4)
+        with pytest.raises(CodeBudgetError, match="1000 are permitted"):
+            compile_(weight, target=target, max_code_bytes=1000, schedule=given)
+        for budget in (1000, 0):
             with pytest.raises(CodeBudgetError, match=f"{budget} are permitted") as caught:
                 compile_(weight, target=target, max_code_bytes=budget)
             assert caught.value.where == "max_code_bytes"
@@ -224,7 +230,7 @@ def test_a_hopeless_budget_is_refused_before_any_work() -> None:
     columns = 2**24
     weight = as_sparse((np.ones(columns, np.float32), np.arange(columns), np.array([0, columns]), (1, columns)))
     with pytest.raises(CodeBudgetError, match="at least"):
-        sparsert.compile_matmul(weight, target=_compiled_target(), max_code_bytes=1 << 20)
+        sparsert.compile_matmul(weight, target=_compiled_target(), max_code_bytes=1 << 20, schedule=Schedule(rows=1))
 
 
 def _compiled_target() -> str:

@@ -157,4 +157,3 @@ def _more_folds(b: Builder, form: Lookup, registers: int, target: Target) -> Non
         b.emit("load", d=n, ptr=S.CONST, disp=column * target.tile_bytes)
         b.emit("add", d=column, a=column, b=n)
     count_down(b, Slot.FOLD, again)
-

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from functools import lru_cache
 import numpy as np
 
 from ..codegen.vector import Program
-from ..codegen.x86.assemble import assemble
+from ..codegen.x86.assemble import assemble, listing
 from ..kernels import lookup, looped
 from ..kernels.compact import SLOTS, Slot
 from ..kernels.lookup import Lookup
@@ -47,9 +48,8 @@ class CompactProduct(Framed):
             self.stream: Stream = windows(pattern, target.lanes, self.window, unroll, self.fold)
             self.form: Lookup | Looped = Lookup(1, self.window, unroll, self.stream.folds > 1)
         else:
-            rows = looped.rows_per_bundle(task, target)
-            self.stream = lockstep(pattern, rows, self.fold)
-            self.form = Looped(rows, wide_bytes(pattern), self.stream.folds > 1)
+            self.form = _looped(task, target)
+            self.stream = lockstep(pattern, self.form.rows, self.fold)
         super().__init__(self._code(1), 1, False)
         self.data, self.counts = aligned_empty(max(1, self.stream.data.size), np.uint8), self.stream.counts
         self.data[: self.stream.data.size] = self.stream.data
@@ -63,9 +63,9 @@ class CompactProduct(Framed):
         """Of pattern and values."""
         return self.data.nbytes + self.counts.nbytes + self.values[0][0].nbytes
 
-    def program(self) -> Program:
-        """What runs, for listings."""
-        return _program(_stripped(self.task), self.target, self.form)
+    def listing(self) -> str:
+        """The code as text."""
+        return listing(_program(_stripped(self.task), self.target, self.form), self.target.isa)
 
     def load(self, values: Array, bias: Array | None) -> None:
         """Pack new values; calls under way keep the ones they started with."""
@@ -78,6 +78,14 @@ class CompactProduct(Framed):
             packed[: s.order.size] = bias[s.order]
         packed[starts:] = np.append(values, np.float32(-0.0))[s.source]
         self.values[0] = packed, address_of(packed)
+
+    def unpack(self, packed: Array) -> Array:
+        """The values of the pattern (CSR order) that :meth:`load` has packed."""
+        s = self.stream
+        values = np.empty(self.task.pattern.nnz, np.float32)
+        real = s.source >= 0
+        values[s.source[real]] = packed[s.bundles * s.lanes :][: s.source.size][real]
+        return values
 
     def bind(self, x: Array, y: Array, r: Array | None, columns: int) -> Binding:
         """The binding for arrays like these, of (K, N) and (M, N) in any strides, or tiles."""
@@ -176,6 +184,27 @@ class SmallProducts:
 
 
 _LOCKED: weakref.WeakSet[SmallProducts] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    """Another thread of the parent may have held a lock, which nobody would give back here."""
+    for products in list(_LOCKED):
+        products.forget_lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def _looped(task: Task, target: Target) -> Looped:
+    pattern = task.pattern
+    folds = fold_width(pattern.row_of, pattern.cols) > 0
+    return Looped(looped.rows_per_bundle(task, target), wide_bytes(pattern), folds)
+
+
+def looped_code_bytes(task: Task, target: Target) -> int:
+    """Code of a product that loops over the pattern."""
+    return len(_bytes(_stripped(task), target.name, _looped(task, target)))
 
 
 def _stripped(task: Task) -> Task:

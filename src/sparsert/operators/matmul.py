@@ -11,6 +11,7 @@ import numpy as np
 
 from ..errors import AliasError, ShapeError, UnsupportedError
 from ..runtime.cpu import address_of
+from ..schedule.cost import few_columns_reason
 from ..schedule.schedule import Schedule
 from ..schedule.task import Task
 from ..target import Target
@@ -144,7 +145,7 @@ class _Operator(ABC):
 
     @property
     def schedule(self) -> Schedule | None:
-        """How the product is blocked; None on the reference target."""
+        """How the product is blocked; None on the reference target and where it is looped over the pattern."""
         return self._compiled.schedule
 
     @property
@@ -214,6 +215,10 @@ class _Operator(ABC):
                 f"code      {s.code_bytes} bytes, {s.instructions} instructions; {size}",
                 f"reuse     {s.fmas_per_load:.2f} multiply-adds per loaded vector of x",
             ]
+        elif c.reason:
+            lines += [f"looped    {c.reason}", f"code      {s.code_bytes} bytes, for all layers with this epilogue"]
+        if c.small is not None and (few := few_columns_reason(t, c.target)):
+            lines.append(f"few       {few}")
         lines.append(f"compiled  in {1e3 * s.compile_seconds:.1f} ms; runs on 1 of {c.threads} permitted threads")
         return "\n".join(lines)
 
@@ -335,13 +340,11 @@ class _Operator(ABC):
             y[...] = target
         return ready if uncopied else None
 
-
     def _compact(self, columns: int) -> Product | None:
         """The product that loops over the pattern as data, where that is best for so many columns."""
         c = self._compiled
-        if isinstance(c.product, CompactProduct):
-            return c.product
-        return c.small.of(columns) if c.small is not None else None
+        small = c.small.of(columns) if c.small is not None else None
+        return c.product if small is None and isinstance(c.product, CompactProduct) else small
 
 
 def _padded(array: Array, axis: int, tile: int) -> Array:

@@ -107,6 +107,7 @@ def reason(task: Task, target: Target, schedule: Schedule) -> str:
 
 _LOOKUP_COLUMNS = 2  # so many go by lookups: a lookup per column and step, where the loop pays for a vector anyway
 _NARROW = "x86-avx2"  # half as wide vectors do for so few columns
+_FAR_CODE = 4  # times L2: code that is fetched slower than one tile's multiply-adds run
 _WIDE_WINDOW = 0.15  # below this density a window of four registers fills the steps better than two; above, it is full
 
 
@@ -124,13 +125,29 @@ def window(task: Task, target: Target) -> tuple[int, int]:
 
 
 def few_columns(task: Task, target: Target, columns: int) -> FewColumns | None:
-    """None where the unrolled code, on columns padded to a tile, is best."""
-    if task.layout == "tile_major" or columns >= target.lanes:
+    """None where the unrolled code, on columns padded to a tile if need be, is best."""
+    narrow, code = target.lanes < 16, code_bytes(task, target)
+    if task.layout == "tile_major":
         return None
-    if target.lanes < 16:
-        return FewColumns(target.name, False)
-    if columns <= _LOOKUP_COLUMNS:
+    if not narrow and columns <= _LOOKUP_COLUMNS:
         return FewColumns(target.name, True)
-    if 2 * columns <= target.lanes:
+    if not narrow and 2 * columns <= target.lanes:
         return FewColumns(_NARROW, False)
-    return FewColumns(target.name, False) if code_bytes(task, target) > target.l2 else None
+    padded = columns < target.lanes and (narrow or code > target.l2)
+    far = columns <= (2 if narrow else 1) * target.lanes and code > _FAR_CODE * target.l2
+    return FewColumns(target.name, False) if padded or far else None
+
+
+def few_columns_reason(task: Task, target: Target) -> str:
+    """What :func:`few_columns` does, in a sentence."""
+    kinds = [few_columns(task, target, columns) for columns in range(1, 2 * target.lanes + 1)]
+    words, start = [], 0
+    for at in range(1, len(kinds) + 1):
+        if at == len(kinds) or kinds[at] != kinds[start]:
+            kind = kinds[start]
+            if kind is not None:
+                span = f"N = {start + 1}" + (f" to {at}" if at > start + 1 else "")
+                how = "register lookups" if kind.by_lookup else f"a loop over the pattern ({kind.target})"
+                words.append(f"{span} by {how}")
+            start = at
+    return "; ".join(words)

@@ -138,7 +138,7 @@ def windows(pattern: Pattern, lanes: int, window: int, unroll: int, fold: int = 
         data[rows, 0] = move
         data[rows, 1:] = place.reshape(active.size, -1)
         source[rows] = taps.reshape(active.size, -1)
-    source = source.reshape(-1)
+    packed = source.reshape(-1)
     first = np.diff(cuts, axis=0)[0] > 0
-    return Stream(order, lanes, folds, counts.reshape(-1).astype(np.int32), data.reshape(-1), source[source >= 0],
+    return Stream(order, lanes, folds, counts.reshape(-1).astype(np.int32), data.reshape(-1), packed[packed >= 0],
                   trips * unroll, first)  # fmt: skip

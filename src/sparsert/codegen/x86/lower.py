@@ -82,13 +82,16 @@ _SCALE = np.array([0] + [scale for _, scale in _MULTIPLES.values()] + [0], np.in
 """Index register and scale: none, then 1 to 7 pitches, then the product in TMP."""
 _WINDOWED = {S.X: 64, S.W: 4}
 """Pointers that walk far, and what a compressed displacement of theirs counts in; others take 32-bit displacements."""
-_MODIFIES = np.array([op.name in ("s_add", "s_sub", "s_addi", "s_add_arg", "s_max_arg", "s_min_arg", "s_at8", "s_at16",
-                               "s_at32", "s_skip") for op in OPS])
+_MODIFIES = np.array(
+    [
+        op.name
+        in ("s_add", "s_sub", "s_addi", "s_add_arg", "s_max_arg", "s_min_arg", "s_at8", "s_at16", "s_at32", "s_skip")
+        for op in OPS
+    ]
+)
 _GPR_OF = np.array([GPR[s] for s in S], np.int8)
 _MEMORY, _WRITES = 1, 2
-_KIND = np.array(
-    [_MEMORY * ("m" in op.form) | _WRITES * (op.scalar and "d" in op.form) for op in OPS], np.uint8
-)
+_KIND = np.array([_MEMORY * ("m" in op.form) | _WRITES * (op.scalar and "d" in op.form) for op in OPS], np.uint8)
 
 _VEX_ONLY = ("vzeroupper", "kmovw")
 
