@@ -178,7 +178,11 @@ def source_line(c: Instructions, i: int) -> str:
         forced += "{disp32} "
     text = instruction_text(name, f["enc"], f, bool(f["bcast"]))
     size = next((LEGACY_SIZES[kind] for kind in ("me", "mw", "my") if kind in operands), "qword")
-    return forced + (text.replace("[rip", f"{size} ptr [rip") if f["enc"] == LEGACY and name != "prefetcht1" else text)
+    return forced + (
+        text.replace("[rip", f"{size} ptr [rip")
+        if f["enc"] == LEGACY and name not in ("prefetcht0", "prefetcht1")
+        else text
+    )
 
 
 def has_shorter_form(c: Instructions, i: int) -> bool:

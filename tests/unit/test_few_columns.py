@@ -83,7 +83,9 @@ def test_epilogues(target: str, activation: Any, residual: str | None, rng: np.r
     matrix = uneven(rng, 105, 140, 0.25)
     bias = rng.standard_normal(105).astype(np.float32)
     op = sparsert.compile_matmul(matrix, bias, activation, residual=residual, target=target)
-    small = sparsert.compile_matmul(matrix, bias, activation, residual=residual, target=target, max_code_bytes=op.stats.code_bytes - 1)
+    small = sparsert.compile_matmul(
+        matrix, bias, activation, residual=residual, target=target, max_code_bytes=op.stats.code_bytes - 1
+    )
     x, r = rng.standard_normal((140, 40)).astype(np.float32), rng.standard_normal((105, 40)).astype(np.float32)
     wide = op(x, residual=r if residual else None)
     assert not complaint(wide, expected(matrix, x, bias, activation, residual, r))

@@ -341,7 +341,8 @@ EFFECTS: dict[str, Callable[[Machine, Row], None]] = {
     "set_mask": _set_mask,  # the sign bits of a vector in memory
     "load_mask": _load_mask,  # zero where the mask is off
     "store_mask": _store_mask,
-    "prefetch": _prefetch,
+    "prefetch": _prefetch,  # into the second-level cache
+    "prefetch_near": _prefetch,  # into the first
     "load_bytes": _load_bytes,  # as many bytes as there are lanes, sign-extended to integers
     "sign_mask": _sign_mask,  # the sign bits of a register
     "expand": _expand,  # consecutive floats to the lanes that the mask selects, zeros to the others

@@ -78,6 +78,7 @@ def _table() -> tuple[Op, ...]:
         "zip_lo": "dab", "zip_hi": "dab", "zip2_lo": "dab", "zip2_hi": "dab",
         "set_mask": "dm", "load_mask": "dm", "store_mask": "am", "prefetch": "m",
         "load_bytes": "dm", "sign_mask": "a", "expand": "dm", "lookup2": "dab", "fma_mask": "dab",
+        "prefetch_near": "m",
     }  # fmt: skip
     scalar = {
             "s_arg": "di", "s_put": "ai", "s_mov": "da", "s_add": "da", "s_sub": "da", "s_addi": "di", "s_set": "di",

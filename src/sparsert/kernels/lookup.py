@@ -20,7 +20,7 @@ from .compact import Copy, Slot, count_down, finish, set_slot, trips
 
 MOST_COLUMNS = 2
 _MINUS_ZERO = 0x80000000  # begins a sum: adding to it changes no bit
-_AHEAD = ((S.K, 4096), (S.PANEL, 2048))  # bytes of values and of pattern that are prefetched
+_AHEAD = ((S.K, 4096), (S.K, 4160), (S.PANEL, 2048))  # what is prefetched of values and pattern, in bytes ahead
 
 
 @dataclass(frozen=True)
@@ -111,8 +111,7 @@ def _steps(b: Builder, form: Lookup, registers: int, target: Target) -> None:
     block = target.tile_bytes.bit_length() - 1
     b.emit("s_at8", d=S.X, a=S.X, b=block, ptr=S.PANEL)
     for pointer, distance in _AHEAD:
-        b.emit("prefetch", ptr=pointer, disp=distance)
-    b.emit("prefetch", ptr=S.K, disp=_AHEAD[0][1] + 64)
+        b.emit("prefetch_near", ptr=pointer, disp=distance)
     for column in range(n):
         for i in range(registers):
             b.emit("load", d=int(held[column, i]), ptr=S.X, step=column, disp=i * target.tile_bytes)

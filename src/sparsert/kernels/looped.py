@@ -119,7 +119,7 @@ def _steps(b: Builder, form: Looped, target: Target) -> None:
     scale = target.tile_bytes.bit_length() - 1
     for pointer, distance in _AHEAD:
         for line in range(-(-rows * (4 if pointer == _VALUES else form.index_bytes) // 64)):
-            b.emit("prefetch", ptr=pointer, disp=distance + 64 * line)
+            b.emit("prefetch_near", ptr=pointer, disp=distance + 64 * line)
     for row in range(rows):
         b.emit(at, d=S.K, a=S.X, b=scale, ptr=S.PANEL, disp=form.index_bytes * row)
         b.emit("load", d=x, ptr=S.K)

@@ -95,7 +95,7 @@ def instruction_text(name: str, enc: int, c: dict[str, int], bcast: bool = False
         if row.tuple == Tuple.QUARTER:
             size = ("dword", "qword", "xmmword")[length]
         size = {"e": "dword", "w": "word", "y": "byte"}.get(kind, "qword") if enc == LEGACY else size
-        prefix = "" if name in ("lea", "prefetcht1") else f"{size} ptr "
+        prefix = "" if name in ("lea", "prefetcht0", "prefetcht1") else f"{size} ptr "
         return f"{prefix}[{text}]{broadcast}"
 
     words = []

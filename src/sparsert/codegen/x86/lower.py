@@ -42,7 +42,7 @@ _SCALAR = {
     "s_sub": "sub reg=d rm=a", "s_addi": "add_imm rm=d imm", "s_set": "mov_imm rm=d imm",
     "s_muli": "imul_imm reg=d rm=a imm", "s_add_arg": "add reg=d arg",
     "s_max_arg": "cmp reg=d arg; cmovl reg=d arg", "s_min_arg": "cmp reg=d arg; cmovg reg=d arg",
-    "s_const": "lea reg=d pool", "s_code": "lea reg=d code", "prefetch": "prefetcht1 mem",
+    "s_const": "lea reg=d pool", "s_code": "lea reg=d code", "prefetch": "prefetcht1 mem", "prefetch_near": "prefetcht0 mem",
     "label": "LABEL imm", "align": "ALIGN imm", "jump": "jmp imm", "jump_zero": "test reg=a rm=a; jz imm",
     "loop": "dec rm=a; jnz imm", "call": "call imm", "ret": "ret",
     "enter": "endbr64 rm=2; push rm=5; mov reg=5 rm=4; " + "; ".join(f"push rm={r}" for r in CALLEE_SAVED),

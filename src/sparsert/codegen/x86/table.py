@@ -122,6 +122,7 @@ ROWS: dict[str, Row] = {
     "movzx8":         Row(P00, M0F,   0xB6, 0, _N, "re my", "L", mnemonic="movzx"),
     "movzx16":        Row(P00, M0F,   0xB7, 0, _N, "re mw", "L", mnemonic="movzx"),
     "shl":            Row(P00, M1,    0xC1, 1, _N, "mg i", "L", digit=4, imm=1),
+    "prefetcht0":     Row(P00, M0F,   0x18, 0, _N, "mq", "L", digit=1),
     "endbr64":        Row(PF3, M0F,   0x1E, 0, _N, "", "L", digit=7),  # encoded with rm = edx: F3 0F 1E FA
 }  # fmt: skip
 
