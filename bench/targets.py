@@ -63,6 +63,8 @@ LINES = (
          both("uniform 90 %, tokens", 8.5, 9.5)),
     Line("uniform_conv", ("--problems", "uniform_conv", "--sparsity", "80,95,98"),
          (*both("uniform 80 %", 4.2, 4.4), *both("uniform 95 %", 12.5, 14.0), *both("uniform 98 %", 20.0, 25.0))),
+    Line("low_sparsity", ("--problems", "uniform_conv", "--sparsity", "50,30"),
+         (*both("uniform 50 %", 1.6, 1.8), *both("uniform 30 %", 0.95, 1.1))),
     Line("chain", ("--problems", "chain", "--sparsity", "90"),
          (*both("chain 512x512x196", 8.5, 9.0), *both("chain 768x768x128", 8.5, 9.0),
           *both("chain 1024x1024x49", 6.5, 7.5), *both("chain 2048x2048x128", 6.5, 8.0))),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,7 +13,11 @@ from numpy.typing import NDArray
 from sparsert import Clip
 from sparsert.sparsity.pattern import SparseMatrix
 
-COMPILED = [pytest.param(name, marks=pytest.mark.isa(name)) for name in ("x86-avx512", "x86-avx2")]
+_ARM = platform.machine() in ("aarch64", "arm64")
+COMPILED = [
+    pytest.param(name, marks=pytest.mark.isa(name))
+    for name in (("aarch64-neon",) if _ARM else ("x86-avx512", "x86-avx2"))
+]
 EVERY_TARGET = [*COMPILED, "reference"]
 """For ``parametrize``: targets that this machine cannot execute skip."""
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from .codegen.x86.assemble import assemble, listing
+from .codegen.assemble import assemble, listing
 from .errors import CodeBudgetError, ScheduleError, ShapeError, UnsupportedError, ValueRangeError
 from .kernels import activations, matmul
 from .operators.arrays import Array, as_input
@@ -26,7 +26,7 @@ from .target import Target
 
 PRECISIONS = ("f32",)
 MAX_CODE_BYTES = 1 << 30  # branches reach 2 GiB
-_LEAST_BYTES = 7  # per nonzero: what refuses a hopeless budget before any work is done
+_LEAST_BYTES = 5  # per nonzero: what refuses a hopeless budget before any work is done
 
 _Kind = TypeVar("_Kind", CompiledMatmul, CompiledLinear)
 
@@ -47,7 +47,8 @@ def compile_matmul(
             ``sparsert.Clip(lo, hi)``.
         residual: None, or "before" / "after": a residual given at each call is added before or after the activation.
         precision: "f32".
-        target: "native" (the best this machine executes), "x86-avx512", "x86-avx2" or "reference" (NumPy, everywhere).
+        target: "native" (the best this machine executes), "x86-avx512", "x86-avx2",
+            "aarch64-neon" or "reference" (NumPy, everywhere).
         threads: upper bound; None is what affinity mask and cgroup quota allow. One thread is used at present.
         layout: "row_major" (x (K, N)) or "tile_major" (x (T, K, tile), as layers inside a network exchange it).
         schedule: how to block the product; None leaves it to the cost model.
@@ -124,7 +125,8 @@ def _compile(
         chosen, reason, code_bytes, instructions, reuse, list_code = None, "", 0, 0, 0.0, _no_listing
         small: SmallProducts | None = None
     else:
-        budget = _hopeful(permitted_bytes, matrix.pattern.nnz, schedule is None)
+        may_loop = schedule is None and found.loops
+        budget = _hopeful(permitted_bytes, matrix.pattern.nnz, may_loop)
         unrolled = None if budget is None else _unrolled(task, found, schedule, budget)
         if unrolled is None:
             if (needed := looped_code_bytes(task, found)) > permitted_bytes:
@@ -170,7 +172,7 @@ def _unrolled(
     kernel = matmul.generate(task, chosen, found)
     code = assemble(kernel.program, found.isa)
     if len(code.code) > budget:
-        if schedule is None:
+        if schedule is None and found.loops:
             return None
         raise CodeBudgetError(
             f"the code takes {len(code.code)} bytes, {budget} are permitted",

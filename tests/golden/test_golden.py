@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from sparsert import Clip, Schedule
-from sparsert.codegen.x86.assemble import ENCODINGS, listing
+from sparsert.codegen.assemble import ISAS, listing
 from sparsert.kernels import activations, matmul
 from sparsert.schedule.task import Task
 from sparsert.sparsity.pattern import as_sparse
@@ -76,7 +76,7 @@ def listed(golden: Golden, isa: str) -> str:
     return "\n".join(head) + "\n" + listing(matmul.generate(task, golden.schedule, TARGETS[isa]).program, isa)
 
 
-@pytest.mark.parametrize("isa", ENCODINGS)
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("name", TASKS)
 def test_listing(name: str, isa: str, update_golden: bool) -> None:
     path, got = HERE / isa / f"{name}.txt", listed(TASKS[name], isa)
@@ -89,6 +89,6 @@ def test_listing(name: str, isa: str, update_golden: bool) -> None:
         pytest.fail("\n".join(["the listing changed; if it was meant to: --update-golden", *list(changed)[:60]]))
 
 
-@pytest.mark.parametrize("isa", ENCODINGS)
+@pytest.mark.parametrize("isa", ISAS)
 def test_no_golden_file_is_left_over(isa: str) -> None:
     assert {path.stem for path in (HERE / isa).glob("*")} == set(TASKS)

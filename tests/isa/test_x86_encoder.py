@@ -50,7 +50,9 @@ def batches(c: Instructions) -> list[Batch]:
     for g in range(groups.shape[1]):
         place = np.flatnonzero(member.reshape(-1) == g)
         row, enc, bcast, rm, index, _ = groups[:, g].tolist()
-        modrm = row < LABEL and (ROWS[NAMES[row]].digit >= 0 or "m" in ROWS[NAMES[row]].operands)
+        modrm = row < LABEL and (
+            ROWS[NAMES[row]].digit >= 0 or any(o[0] in "mo" for o in ROWS[NAMES[row]].operands.split())
+        )
         names = ["reg", "vvvv", "imm", "mask", "zero"] + ([] if not modrm else ["rm"] if rm == 0 else ["base", "disp"])
         names += ["index", "scale"] if index == 0 and rm < 0 else []
         columns = {name: c[name][place] for name in names}
@@ -82,7 +84,10 @@ def displacements(rng: np.random.Generator, n: int, unit: int) -> np.ndarray:
 
 
 def draw(name: str, enc: int, operand: str, n: int, rng: np.random.Generator) -> Instructions:
-    """``n`` instructions whose ModRM.rm is a "register", "memory", "rip" (labels 0 and 1), "broadcast" or "none"."""
+    """``n`` instructions whose operand ``rm`` is of one kind.
+
+    A "register", one in the "opcode", "memory", "rip" (labels 0 and 1), "broadcast", or "none".
+    """
     row = ROWS[name]
     c = allocate(n)
     c["row"][:], c["enc"][:], c["bcast"][:] = ROW[name], enc, operand == "broadcast"
@@ -112,8 +117,8 @@ def draw(name: str, enc: int, operand: str, n: int, rng: np.random.Generator) ->
         c["imm"] = rng.integers(0, 2, n)
     if name in FIXED_RM:
         c["rm"][:] = FIXED_RM[name]
-    elif operand == "register":
-        c["rm"] = registers("m")
+    elif operand in ("register", "opcode"):
+        c["rm"] = registers("m" if operand == "register" else "o")
     elif operand == "rip":
         c["base"][:], c["disp"] = RIP, rng.integers(0, 2, n)
     elif operand in ("memory", "broadcast"):
@@ -135,7 +140,7 @@ def draw(name: str, enc: int, operand: str, n: int, rng: np.random.Generator) ->
 def operands_of(name: str, enc: int) -> list[str]:
     row = ROWS[name]
     if "m" not in row.operands:
-        return ["none"]
+        return ["opcode" if "o" in row.operands else "none"]
     rm = next(o for o in row.operands.split() if o[0] == "m")
     kinds = [] if rm in ("mq", "mw", "my") else ["register"]
     if name not in REGISTERS_ONLY:
@@ -188,13 +193,12 @@ def source_line(c: Instructions, i: int) -> str:
 def has_shorter_form(c: Instructions, i: int) -> bool:
     """Where as has other bytes for the same instruction.
 
-    Push and pop of a register, one-byte immediates, the form for rax, and a W that VEX ignores but EVEX does not.
+    One-byte immediates, the form for rax, and a W that VEX ignores but EVEX does not.
     """
     name, rm, imm = NAMES[c["row"][i]], int(c["rm"][i]), int(c["imm"][i])
     one_byte = -128 <= imm <= 127
     return (
-        (name in ("push", "pop") and rm >= 0)
-        or (name == "add_imm" and (one_byte or rm == 0))
+        (name == "add_imm" and (one_byte or rm == 0))
         or (name == "imul_imm" and one_byte)
         or (name == "shl" and imm == 1)
         or (name in ("vunpcklpd", "vunpckhpd") and c["enc"][i] in (VEX128, VEX256))

@@ -34,6 +34,7 @@ from sparsert.errors import (
 )  # fmt: skip
 from sparsert.runtime import host, memory
 from sparsert.sparsity.pattern import MAX_EXTENT, as_sparse
+from sparsert.target import TARGETS
 
 W = np.eye(6, 8, dtype=np.float32)
 BOTH = pytest.mark.parametrize("compile_", [sparsert.compile_matmul, sparsert.compile_linear])
@@ -175,7 +176,7 @@ def test_clip_without_a_value_between(bounds: tuple[Any, Any]) -> None:
 
 def test_names_are_suggested() -> None:
     for options, names in (({"activation": "elu"}, ("relu", "relu6", "silu", "hardswish", "gelu", "gelu_tanh", "Clip")),
-                           ({"target": "arm"}, ("native", "x86-avx512", "x86-avx2", "reference")),
+                           ({"target": "arm"}, ("native", "x86-avx512", "x86-avx2", "aarch64-neon", "reference")),
                            ({"residual": 1}, ("before", "after")),
                            ({"precision": "bf16"}, ("f32",))):  # fmt: skip
         with pytest.raises(UnsupportedError) as caught:
@@ -250,7 +251,7 @@ def test_the_reference_has_no_listing() -> None:
 
 
 @pytest.fixture(
-    params=[("darwin", "arm64", "Darwin"), ("linux", "aarch64", "Linux"), ("win32", "AMD64", "Windows")],
+    params=[("darwin", "arm64", "Darwin"), ("linux", "riscv64", "Linux"), ("win32", "AMD64", "Windows")],
     ids=lambda p: p[2],
 )
 def elsewhere(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[str, str]:
@@ -279,6 +280,26 @@ def test_other_machines(elsewhere: tuple[str, str]) -> None:
     assert report["native"] is None
     assert report["features"] == []
     assert " ".join(elsewhere) in report["targets"]["x86-avx2"]
+
+
+def test_code_for_the_other_processor_is_listed_but_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    foreign = [name for name, t in TARGETS.items() if host.unavailable(name)]
+    for target in foreign:
+        assert "mul" in compile_listing(W, target=target)
+        with pytest.raises(TargetUnavailableError) as caught:
+            sparsert.compile_matmul(W, target=target)
+        assert caught.value.where == f"target={target!r}"
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    for features, native in (({"asimd", "fphp"}, "aarch64-neon"), ({"fp"}, None)):
+        monkeypatch.setattr(sys, "platform", "linux")
+        monkeypatch.setattr(host, "cpu_features", lambda found=features: frozenset(found))
+        report = host.host_report()
+        assert report["native"] == native
+        assert "runs on Linux x86-64" in report["targets"]["x86-avx512"]
+        assert (report["targets"]["aarch64-neon"] is None) == (native is not None)
+        assert report["notes"] == []
+        monkeypatch.setattr(sys, "platform", "darwin")
+        assert host.host_report()["notes"] == ([host.MACOS_NOTE] if native else [])
 
 
 def test_a_machine_without_linux_calls() -> None:

@@ -14,12 +14,17 @@ from typing import Any
 import numpy as np
 import pytest
 
+from emulator import MISSING, emulate
 from oracle import complaint, expected
 from sparsert import Clip
+from sparsert.codegen.arm64.lower import RECIPES as RECIPES_ARM64
+from sparsert.codegen.arm64.lower import lower as lower_arm64
+from sparsert.codegen.assemble import assemble
 from sparsert.codegen.interpreter import EFFECTS, LANES, Region, fused, region, run
 from sparsert.codegen.vector import OPS, Builder, Program, S, check
-from sparsert.codegen.x86.assemble import ENCODINGS, assemble
-from sparsert.codegen.x86.lower import RECIPES, lower
+from sparsert.codegen.x86.assemble import ENCODINGS
+from sparsert.codegen.x86.lower import RECIPES as RECIPES_X86
+from sparsert.codegen.x86.lower import lower as lower_x86
 from sparsert.errors import InternalError
 from sparsert.kernels import activations, matmul
 from sparsert.kernels.arguments import SLOTS, Arg
@@ -32,9 +37,24 @@ from sparsert.sparsity.pattern import as_sparse
 from sparsert.target import TARGETS, Target
 
 COMPILED = [t for t in TARGETS.values() if t.isa != "reference"]
-executed = pytest.mark.parametrize(
-    "target", [pytest.param(t, id=t.name, marks=pytest.mark.isa(t.name)) for t in COMPILED]
-)
+
+
+def emulated(target: Target) -> bool:
+    """Whether its code runs under an emulator here."""
+    return target.machine == "aarch64" and unavailable(target.name) is not None
+
+
+def can_run(target: Target) -> bool:
+    return target in COMPILED and (MISSING is None if emulated(target) else unavailable(target.name) is None)
+
+
+def mark(target: Target) -> pytest.MarkDecorator:
+    if emulated(target):
+        return pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+    return pytest.mark.isa(target.name)
+
+
+executed = pytest.mark.parametrize("target", [pytest.param(t, id=t.name, marks=mark(t)) for t in COMPILED])
 FOUR = Target("four lanes", "none", 4, 32)  # no ISA here has them; the vocabulary does not mind
 EDGES = np.array(
     [0.0, -0.0, 1.0, -1.0, 0.5, 1.5, 2.5, -2.5, 0.49999997, 8388609, 2147483520, 2147483648, -2147483648, -2147483904,
@@ -58,6 +78,16 @@ def memory_at(address: int, size: int) -> Region:
 def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
     """Equal to the last bit, except that any NaN will do for a NaN."""
     return bool(np.all((a.view(np.uint32) == b.view(np.uint32)) | (np.isnan(a) & np.isnan(b))))
+
+
+def execute(program: Program, target: Target, args: np.ndarray, *arrays: np.ndarray) -> None:
+    """Machine code of ``program`` on its argument block and the arrays that it leads to."""
+    code = assemble(program, target.isa).code
+    if emulated(target):
+        emulate(code, address_of(args), [(address_of(a), a.nbytes) for a in (args, *arrays)])
+    else:
+        executable = Executable(code)  # a name: its memory lives no longer than it does
+        executable.call(address_of(args))
 
 
 # ---- operations one by one -----------------------------------------------------------------------------------------
@@ -106,7 +136,7 @@ def block(**slots: int) -> np.ndarray:
     return args
 
 
-OPS_OF = {isa: set(RECIPES[encoding]) for isa, encoding in ENCODINGS.items()}
+OPS_OF = {isa: set(RECIPES_X86[encoding]) for isa, encoding in ENCODINGS.items()} | {"aarch64-neon": set(RECIPES_ARM64)}
 LANEWISE = [(op, None, 0) for op in LANES if op != "const"]
 LANEWISE += [("const", -0.0, 0), ("add", 1.5, 0), ("fma_mul", 3.0, 0), ("min", np.nan, 0), ("bit_and", -0.0, 0)]
 LANEWISE += [("shl", None, n) for n in (0, 1, 23, 31)]
@@ -125,8 +155,7 @@ def test_operations_mean_what_the_processor_does(
     args = block(X=address_of(x), Y=address_of(want), TILES=len(x))
     run(made, target.lanes, args, {"x": region(address_of(x), x), "y": region(address_of(want), want)})
     args[Arg.Y] = address_of(got)
-    executable = Executable(assemble(made, target.isa).code)  # a name: its memory lives no longer than it does
-    executable.call(address_of(args))
+    execute(made, target, args, x, got)
     assert same_bits(got, want)
 
 
@@ -213,11 +242,10 @@ def test_masked_lanes_are_left_alone_and_quarters_placed(target: Target, count: 
     run(program, lanes, block(X=1 << 20, Y=1 << 21, W=1 << 22), regions)
     zeros = np.zeros(lanes - count, np.float32)
     assert start.tolist() == [*x, *np.full(lanes - count, 7, np.float32), *x, *zeros, *mask]
-    if target in COMPILED and unavailable(target.name) is None:
+    if can_run(target):
         wide, got = np.append(x, zeros), np.full(3 * lanes, 7, np.float32)
         args = block(X=address_of(wide), Y=address_of(got), W=address_of(mask))
-        executable = Executable(assemble(program, target.isa).code)
-        executable.call(address_of(args))
+        execute(program, target, args, wide, got, mask)
         assert got.tolist() == start.tolist()
 
 
@@ -261,13 +289,12 @@ def scalars() -> Program:
 
 @executed
 def test_scalars_and_control_mean_what_the_processor_does(target: Target) -> None:
-    executable = Executable(assemble(scalars(), target.isa).code)
     for first, second in product(WORDS, repeat=2):
         want, got = np.zeros((2, 3 + len(SCALAR)), np.int64)
         for args in (want, got):
             args[:2] = first, second
         run(scalars(), target.lanes, want, {})
-        executable.call(address_of(got))
+        execute(scalars(), target, got)
         assert got.tolist() == want.tolist()
         assert want[-1] == (105 if first == 0 else 205)
 
@@ -282,7 +309,8 @@ class Interpreted:
         self.task, self.schedule, self.target, self.kernel = task, schedule, target, kernel
         self.arrays: dict[str, np.ndarray] = {}
 
-    def call(self, address: int) -> None:
+    def memory(self, address: int) -> dict[str, Region]:
+        """All that a call with the argument block at ``address`` may access, to the byte."""
         slots = memory_at(address, 8 * SLOTS).data.view(np.int64)
         memory = {"weights": memory_at(int(slots[Arg.W]), 4 * self.kernel.plan.slots)}
         for name, array in self.arrays.items():
@@ -292,7 +320,11 @@ class Interpreted:
         for slot, rows in self.panels().items():
             memory[slot.name] = memory_at(int(slots[slot]), rows * self.target.tile_bytes * int(slots[Arg.GROUP]))
         memory["DISCARD"] = memory_at(int(slots[Arg.DISCARD]), self.kernel.discarded * self.target.tile_bytes)
-        run(self.kernel.program, self.target.lanes, slots, memory)
+        return memory
+
+    def call(self, address: int) -> None:
+        slots = memory_at(address, 8 * SLOTS).data.view(np.int64)
+        run(self.kernel.program, self.target.lanes, slots, self.memory(address))
 
     def panels(self) -> dict[Arg, int]:
         """Rows of scratch that a column tile may use."""
@@ -301,6 +333,15 @@ class Interpreted:
         rows |= {Arg.Y_PANEL: m} if staged else {}
         rows |= {Arg.R_PANEL: m} if staged and self.task.residual else {}
         return rows | ({Arg.PARTIAL: m} if self.kernel.plan.segments > 1 else {})
+
+
+class Emulated(Interpreted):
+    """The machine code, executed by an emulator on the same memory."""
+
+    def call(self, address: int) -> None:
+        regions = [(at, data.size) for at, data in self.memory(address).values()]
+        code = assemble(self.kernel.program, self.target.isa).code
+        emulate(code, address, [(address, 8 * SLOTS), *regions])
 
 
 def arranged(dense: np.ndarray, layout: str, lanes: int, pad: int) -> np.ndarray:
@@ -341,17 +382,23 @@ def check_product(
     fake = Interpreted(task, schedule, target, kernel)
     fake.arrays = own
 
-    def execute(executable: Any, y: np.ndarray) -> np.ndarray:
+    def product(executable: Any, y: np.ndarray) -> np.ndarray:
         whole = NativeProduct(task, schedule, target, kernel, executable)
         whole.load(matrix.values, b)
         whole.run(own["x"], y, own.get("r"), columns)
         return y
 
-    execute(fake, own["y"])
+    product(fake, own["y"])
     want = expected(matrix, x, b, activation, residual, r)
     assert not complaint(plain(own["y"], layout), want)
-    if target in COMPILED and unavailable(target.name) is None:
-        native = execute(Executable(assemble(kernel.program, target.isa).code), np.empty_like(own["y"]))
+    if can_run(target):
+        y = arranged(given["y"], layout, target.lanes, pad)
+        if emulated(target):
+            executable: Any = Emulated(task, schedule, target, kernel)
+            executable.arrays = own | {"y": y}
+        else:
+            executable = Executable(assemble(kernel.program, target.isa).code)
+        native = product(executable, y)
         assert same_bits(np.ascontiguousarray(native), np.ascontiguousarray(own["y"]))
 
 
@@ -503,12 +550,14 @@ ADDED = [ARG_X, FAR, ("s_addi", {"d": S.X, "disp": 64}), ("load", {"ptr": S.X, "
 @pytest.mark.parametrize("emitted", [MOVED, ADDED], ids=["across a label", "added to"])
 def test_a_pointer_that_is_moved_may_not_be_used_on(isa: str, emitted: list[Any]) -> None:
     with pytest.raises(InternalError, match="pointer X"):
-        lower(rows(*emitted, labels=1), ENCODINGS[isa])
+        lower_x86(rows(*emitted, labels=1), ENCODINGS[isa])
 
 
 def test_an_operation_without_recipe_is_refused() -> None:
     with pytest.raises(InternalError, match="fma_bcast"):
-        lower(rows(ARG_X, ("fma_bcast", {"ptr": S.X})), ENCODINGS["x86-avx2"])
+        lower_x86(rows(ARG_X, ("fma_bcast", {"ptr": S.X})), ENCODINGS["x86-avx2"])
+    with pytest.raises(InternalError, match="mul_bcast"):
+        lower_arm64(rows(ARG_X, ("mul_bcast", {"ptr": S.X})))
 
 
 @pytest.mark.parametrize("emitted", [[], [("label", {"disp": 0})] * 2, [("label", {"disp": 1})]])

@@ -141,7 +141,7 @@ def test_features_agree_with_the_kernel() -> None:
 
 def test_report() -> None:
     report = host.host_report()
-    assert set(report["targets"]) == {"x86-avx512", "x86-avx2", "reference"}
+    assert set(report["targets"]) == {"x86-avx512", "x86-avx2", "aarch64-neon", "reference"}
     assert report["targets"]["reference"] is None
     assert report["native"] is None or report["targets"][report["native"]] is None
     assert 1 <= report["threads"] <= (os.cpu_count() or 1)

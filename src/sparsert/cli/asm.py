@@ -9,7 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-TARGETS = ("native", "x86-avx512", "x86-avx2")
+TARGETS = ("native", "x86-avx512", "x86-avx2", "aarch64-neon")
 LAYOUTS = ("row_major", "tile_major")
 
 

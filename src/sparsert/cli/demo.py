@@ -80,7 +80,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="DIR",
         help="for chart and figures (default %(default)s)",
     )
-    option("--target", default="native", metavar="T", help="native, x86-avx512, x86-avx2 or reference")
+    option("--target", default="native", metavar="T", help="native, x86-avx512, x86-avx2, aarch64-neon or reference")
     option("--rounds", type=int, default=7, metavar="N", help="timing rounds per layer (default %(default)s; 0: none)")
     parser.set_defaults(run=run)
 

@@ -84,6 +84,8 @@ def _print_tables(report: dict[str, Any]) -> None:
         peers.add_row(name, found or "[dim]not installed[/]", PEERS[name])
     for table in (machine, targets, peers):
         console.print(table)
+    for note in report["notes"]:
+        console.print(f"Note: {note}")
 
 
 def _flat(value: Any) -> str:

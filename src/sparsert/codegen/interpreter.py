@@ -307,6 +307,13 @@ def _shl(m: Machine, r: Row) -> None:
     m.vector[r.d] = _floats(bits << np.uint32(r.disp) if r.disp < 32 else np.zeros_like(bits))
 
 
+def _lane(m: Machine, r: Row) -> Lanes:
+    """One element of b, for all lanes."""
+    if not 0 <= r.disp < m.lanes:
+        raise m.fail(f"there is no lane {r.disp}")
+    return m.lane(r.b)[r.disp : r.disp + 1]
+
+
 def _slot_value(m: Machine, r: Row) -> int:
     return int(m.args[m.slot(r.disp)]) & _WORD
 
@@ -334,6 +341,8 @@ EFFECTS: dict[str, Callable[[Machine, Row], None]] = {
     "bcast": lambda m, r: m.vector.update({r.d: np.full(m.lanes, m.read(r, 1)[0])}),  # one float to all lanes
     "fma_bcast": lambda m, r: m.vector.update({r.d: fused(m.lane(r.a), m.read(r, 1), m.lane(r.d))}),
     "mul_bcast": lambda m, r: m.vector.update({r.d: m.lane(r.a) * m.read(r, 1)}),
+    "fma_lane": lambda m, r: m.vector.update({r.d: fused(m.lane(r.a), _lane(m, r), m.lane(r.d))}),
+    "mul_lane": lambda m, r: m.vector.update({r.d: m.lane(r.a) * _lane(m, r)}),
     "shl": _shl,  # bits to the left, zeros in
     "load4": _load4,  # four floats to the first lanes, zeros to the others
     "insert4": _insert4,  # four floats to lanes 4 b ...

@@ -130,10 +130,12 @@ _COMMUTATIVE = {"add", "mul", "bit_and", "bit_or", "bit_xor", "add_i"}
 class _Assigner:
     """The linear scan: walks the nodes once, knows for each value its last use and its register."""
 
-    def __init__(self, recorder: Recorder, result: Value, constant: Callable[[int], int], hold: bool) -> None:
+    def __init__(self, recorder: Recorder, result: Value, constant: Callable[[int], int], hold: bool,
+                 addend: bool) -> None:  # fmt: skip
         self.hold = (
             hold  # constants that must sit in a register stay there, instead of being loaded where they are used
         )
+        self.addend = addend  # multiply-adds overwrite nothing else
         self.nodes, self.result, self.constant = recorder.nodes, result.number, constant
         self.last = {result.number: len(self.nodes)}
         for i, node in enumerate(self.nodes):
@@ -222,7 +224,7 @@ class _Assigner:
         if isinstance(a, Constant):
             a, b = b, a
         dying = self.dies(c, at) or not (self.dies(a, at) or self.dies(b, at))
-        if isinstance(b, Constant) or (isinstance(c, Value) and dying):
+        if self.addend or isinstance(b, Constant) or (isinstance(c, Value) and dying):
             d = self.overwrite(c, at)
             self.rows.append((f"{node.op}_acc", d, self.register(a), self.flexible(b), 0))
         else:
@@ -234,15 +236,16 @@ class _Assigner:
         return d
 
 
-def assign(recorder: Recorder, result: Operand, builder: Builder, idle: int) -> Template:
+def assign(recorder: Recorder, result: Operand, builder: Builder, idle: int, addend: bool = False) -> Template:
     """Registers for everything ``result`` depends on; its value ends in the accumulator it started from.
 
+    ``addend``: multiply-adds can overwrite their addend only (``Target.addend_only``).
     Constants that cannot stay in memory are held in registers as long as all fits ``idle``, and reloaded otherwise.
     """
     if not isinstance(result, Value):
         raise InternalError("an element-wise function must depend on its input")
-    held = _Assigner(recorder, result, builder.constant, hold=True).run()
+    held = _Assigner(recorder, result, builder.constant, True, addend).run()
     if held.registers <= idle:
         return held
-    loaded = _Assigner(recorder, result, builder.constant, hold=False).run()
+    loaded = _Assigner(recorder, result, builder.constant, False, addend).run()
     return loaded if loaded.registers < held.registers else held

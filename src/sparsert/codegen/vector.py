@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import IntEnum
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -77,6 +78,7 @@ def _table() -> tuple[Op, ...]:
         "load4": "dm", "insert4": "dmb", "store4": "amb",
         "zip_lo": "dab", "zip_hi": "dab", "zip2_lo": "dab", "zip2_hi": "dab",
         "set_mask": "dm", "load_mask": "dm", "store_mask": "am", "prefetch": "m",
+        "fma_lane": "dabi", "mul_lane": "dabi",
         "load_bytes": "dm", "sign_mask": "a", "expand": "dm", "lookup2": "dab", "fma_mask": "dab",
         "prefetch_near": "m",
     }  # fmt: skip
@@ -125,7 +127,7 @@ Row = tuple[int, int, int, int, int, int, int]
 
 def row(name: str, d: int = 0, a: int = 0, b: int = 0, ptr: int = 0, step: int = 0, disp: int = 0) -> Row:
     """A row of a program."""
-    return OP[name], d, a, b, ptr, step, disp
+    return OP[name], int(d), int(a), int(b), int(ptr), int(step), int(disp)  # NumPy takes members of S slowly
 
 
 @dataclass
@@ -142,7 +144,7 @@ class Builder:
 
     def emit(self, name: str, d: int = 0, a: int = 0, b: int = 0, ptr: int = 0, step: int = 0, disp: int = 0) -> None:
         """One row."""
-        self._rows.append(row(name, d, a, b, ptr, step, disp))
+        self._rows.append((OP[name], d, a, b, ptr, step, disp))
         self._places.append(self._size)
         self._size += 1
 
@@ -174,7 +176,8 @@ class Builder:
         self.emit("label", disp=label)
 
     def finish(self) -> Program:
-        rows, places = np.array(self._rows, np.int64).reshape(-1, len(_NAMES)), np.array(self._places, np.int64)
+        flat = np.fromiter(chain.from_iterable(self._rows), np.int64, len(self._rows) * len(_NAMES))
+        rows, places = flat.reshape(-1, len(_NAMES)), np.array(self._places, np.int64)
         columns: Columns = {}
         for i, name in enumerate(_NAMES):
             column = columns[name] = np.zeros(self._size, COLUMNS[name])

@@ -22,6 +22,7 @@ from .plan import Plan
 
 PREFETCH = {S.PANEL: 16, S.K: 40}
 """Which pointers run ahead, and every how many taps: the code of a tap takes some 10 bytes, its value 4."""
+_EMBEDDED = "fma_bcast", "mul_bcast"
 LINE = 64  # bytes of a cache line
 
 
@@ -57,7 +58,8 @@ def accumulate(
     the blocks that pack beside their taps from where the caller has it. With ``schedule.prefetch``, the taps of the
     others touch the code and the values that follow line by line: four tiles cover a block of equal size.
     """
-    broadcast = 0 if target.embedded_broadcast else 1
+    by_element = target.by_element and p.slots >= target.lanes
+    broadcast = 0 if target.embedded_broadcast or by_element else 1
     n = p.taps.size
     cells = np.repeat(np.arange(p.cuts.size - 1, dtype=np.int32), np.diff(p.cuts))
     begins, anew, idle = _begins(p, cells, schedule.rows, handover.task.bias)
@@ -67,6 +69,8 @@ def accumulate(
     in_place, kept, copied = _packing(p, k, loaded, packing)
     per_tap = p.fresh + np.int64(1 + broadcast)
     per_tap[kept] += 1
+    vector, opening = _weights(p, cells, target.lanes if by_element else 0)
+    per_tap[opening] += 1
     others = np.ones(n if schedule.prefetch else 0, bool)
     if packing == "beside":
         for first in p.first_cells:
@@ -103,16 +107,33 @@ def accumulate(
     put(begins[stores], **handover.store(cell[stores], started[stores]))
     put(begins[~anew], **handover.start(cell[~anew], started[~anew]))
     slot_bytes = p.value_slot * 4
+    put(opening, op=OP["load"], d=weight, disp=4 * vector[opening])
     row = end - 1
-    if broadcast:
+    if by_element:
+        c["b"][row], c["disp"][row] = weight, p.value_slot - vector
+    elif broadcast:
         c["op"][row - 1], c["d"][row - 1], c["disp"][row - 1] = OP["bcast"], weight, slot_bytes
         c["b"][row] = weight
     else:
         c["disp"][row] = slot_bytes
-    c["op"][row], c["d"][row], c["a"][row] = OP["fma_acc" if broadcast else "fma_bcast"], p.accumulator, source
-    c["op"][row[begins[anew]]] = OP["mul" if broadcast else "mul_bcast"]
+    further, opener = ("fma_lane", "mul_lane") if by_element else ("fma_acc", "mul") if broadcast else _EMBEDDED
+    c["op"][row], c["d"][row], c["a"][row] = OP[further], p.accumulator, source
+    c["op"][row[begins[anew]]] = OP[opener]
     cuts = np.where(p.cuts > 0, end[p.cuts - 1], 0) if n else np.zeros_like(p.cuts)
     return Body(c, cuts, idle, copied, lines)
+
+
+def _weights(p: Plan, cells: NDArray[np.int32], lanes: int) -> tuple[Ints, Ints]:
+    """The slot from which each tap's weight is loaded, ``lanes`` together (0: each on its own), and where that happens.
+
+    Vectors of weights are aligned, but for the last, which ends with the array; a cell loads its own.
+    """
+    if not lanes or not p.taps.size:
+        return p.value_slot, np.zeros(0, np.int64)
+    vector = np.minimum(p.value_slot & -lanes, p.slots - lanes)
+    opens = np.ones(vector.size, bool)
+    opens[1:] = (vector[1:] != vector[:-1]) | (cells[1:] != cells[:-1])
+    return vector, np.flatnonzero(opens)
 
 
 def _packing(p: Plan, k: Ints, loaded: Ints, packing: str) -> tuple[Ints, Ints, dict[int, Ints]]:
@@ -146,7 +167,8 @@ def _begins(
     """
     n, blocks = p.taps.size, p.n_blocks
     at = np.full((p.segments, blocks, rows), n)
-    at.reshape(-1)[(cells * rows + p.accumulator)[::-1]] = np.arange(n)[::-1]  # of several, the last assignment stays
+    backwards = slice(None, None, -1)  # of several, the last assignment stays
+    at.reshape(-1)[(cells * rows + p.accumulator)[backwards]] = np.arange(n - 1, -1, -1)
     taken = at < n
     before = np.zeros_like(taken)  # there is a bias, or there were taps
     before[0] = bias

@@ -33,7 +33,7 @@ def template(task: Task, target: Target, b: Builder) -> Template | None:
         value = ACTIVATIONS[task.activation].function(v, value, *task.parameters)
     if task.residual == "after":
         value = v.add(value, v.residual())
-    return assign(v, value, b, inner_registers(target))
+    return assign(v, value, b, inner_registers(target), target.addend_only)
 
 
 def apply(b: Builder, code: Template, accumulators: int, place: dict[str, Any]) -> None:

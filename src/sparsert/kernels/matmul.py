@@ -57,7 +57,7 @@ def spare(task: Task, target: Target) -> int:
     """Vector registers no accumulator may take: those of the inner loop or of the epilogue, whichever needs more."""
     code = epilogue.template(task, target, Builder())
     transposing = layout.TRANSPOSE_REGISTERS if _scatters(task) else 0
-    return max(epilogue.inner_registers(target), code.registers if code else 0, transposing)
+    return max(epilogue.inner_registers(target), code.registers + target.scratch if code else 0, transposing)
 
 
 def _scatters(task: Task) -> bool:

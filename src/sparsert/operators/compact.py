@@ -11,8 +11,8 @@ from functools import lru_cache
 
 import numpy as np
 
+from ..codegen.assemble import assemble, listing
 from ..codegen.vector import Program
-from ..codegen.x86.assemble import assemble, listing
 from ..kernels import lookup, looped
 from ..kernels.compact import SLOTS, Slot
 from ..kernels.lookup import Lookup

@@ -13,19 +13,24 @@ from typing import Any
 
 from ..errors import ExecutableMemoryError, TargetUnavailableError, UnsupportedError
 from ..target import NATIVE_ORDER, TARGETS, Target
-from . import cpuid
+from . import arm64, cpuid
+
+MACOS_NOTE = "generated code on macOS is untested; please report how it goes"
 
 
 @cache
 def cpu_features() -> frozenset[str]:
-    """Features of this CPU that the operating system has enabled, from CPUID and XCR0; empty if it is not x86-64."""
-    if not on_linux_x86():
-        return frozenset()
-    return cpuid.features()
+    """Features of this CPU that the operating system has enabled; empty on a machine that no target is for.
+
+    On x86-64 from CPUID and XCR0, on AArch64 from the capabilities that the kernel tells.
+    """
+    if on_arm():
+        return arm64.features()
+    return cpuid.features() if on_linux_x86() else frozenset()
 
 
 def on_linux_x86() -> bool:
-    """Whether generated code can execute here at all."""
+    """Whether code for x86-64 can execute here at all."""
     return (
         sys.platform.startswith("linux")
         and platform.machine() in ("x86_64", "AMD64")
@@ -33,13 +38,19 @@ def on_linux_x86() -> bool:
     )
 
 
+def on_arm() -> bool:
+    """Whether code for AArch64 can execute here at all; on macOS that is untested."""
+    system = sys.platform.startswith("linux") or sys.platform == "darwin"
+    return system and platform.machine() in ("aarch64", "arm64") and ctypes.sizeof(ctypes.c_void_p) == 8
+
+
 def unavailable(name: str) -> str | None:
     """Why code for target ``name`` cannot run here, or None where it can."""
     target = TARGETS[name]
     if target.isa == "reference":
         return None
-    if not on_linux_x86():
-        return f"generated code runs on Linux x86-64, and this is {platform.system()} {platform.machine()}"
+    if not (on_arm() if target.machine == "aarch64" else on_linux_x86()):
+        return f"its code runs on Linux {target.machine}, and this is {platform.system()} {platform.machine()}"
     try:
         missing = [f for f in target.needs if f not in cpu_features()]
     except (TargetUnavailableError, ExecutableMemoryError) as error:
@@ -172,6 +183,7 @@ def host_report() -> dict[str, Any]:
         "features": features,
         "targets": targets,
         "native": native,
+        "notes": [MACOS_NOTE] if sys.platform == "darwin" and native else [],
         "caches": dict(host_caches()),
         "threads": default_threads(),
     }

@@ -6,6 +6,8 @@ import ctypes
 import errno
 import mmap
 import os
+import platform
+import sys
 import weakref
 from functools import cache
 from typing import Any
@@ -14,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ExecutableMemoryError, ValueRangeError
+from . import arm64
 
 _READ, _WRITE, _EXEC = 1, 2, 4
 _SHARED, _PRIVATE, _ANONYMOUS, _POPULATE = 1, 2, 0x20, 0x8000
@@ -37,7 +40,8 @@ class ExecutableMemory:
     """A read-and-execute copy of ``code``, unmapped with the object.
 
     First choice: an anonymous mapping, written, then turned executable. Where policy forbids that (SELinux
-    ``execmem``), the same bytes through a memfd: one writable view, closed before the executable view is opened.
+    ``execmem``), the same bytes through a memfd: one writable view, closed before the executable view is opened. On
+    macOS, whose rules are others, a MAP_JIT page. AArch64's instruction caches are told of the new code.
 
     Raises:
         ExecutableMemoryError: both ways are refused; the message names the policy.
@@ -48,7 +52,7 @@ class ExecutableMemory:
             raise ExecutableMemoryError("there is no code to map")
         self.size = -(-len(code) // mmap.PAGESIZE) * mmap.PAGESIZE
         try:
-            self.address = self._anonymous(code)
+            self.address = self._macos(code) if sys.platform == "darwin" else self._anonymous(code)
         except OSError as first:
             try:
                 self.address = self._memfd(code)
@@ -60,6 +64,8 @@ class ExecutableMemory:
                     "container's seccomp profile forbids generated code. Permit it for this process, or use "
                     "target='reference'.",
                 ) from second
+        if code is not arm64.SYNCHRONISE and sys.platform != "darwin" and platform.machine() == "aarch64":
+            _synchroniser()(self.address, self.address + self.size)
         self._finalizer = weakref.finalize(self, _unmap, self.address, self.size)
         self._finalizer.atexit = False  # daemon threads may still be inside; the system takes the pages back anyway
 
@@ -84,6 +90,12 @@ class ExecutableMemory:
             raise
         return int(address)
 
+    def _macos(self, code: bytes) -> int:
+        flags = arm64.MacOS.PRIVATE | arm64.MacOS.ANONYMOUS | arm64.MacOS.MAP_JIT
+        address = _map(self.size, _READ | _WRITE | _EXEC, flags, -1)
+        arm64.macos().write(address, code)
+        return address
+
     def _memfd(self, code: bytes) -> int:
         handle = os.memfd_create("sparsert", os.MFD_CLOEXEC)
         try:
@@ -105,6 +117,18 @@ def _map(size: int, protection: int, flags: int, handle: int) -> int:
         code = ctypes.get_errno() or errno.ENOMEM
         raise OSError(code, os.strerror(code))
     return int(address)
+
+
+@cache
+def _synchroniser() -> Any:
+    """The routine that makes code between two addresses visible to instruction fetches.
+
+    Its own page needs none: the kernel sees to a page that becomes executable for the first time.
+    """
+    memory = ExecutableMemory(arm64.SYNCHRONISE)
+    call: Any = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p)(memory.address)
+    call.memory = memory  # as long-lived as the function
+    return call
 
 
 def _unmap(address: int, size: int) -> None:

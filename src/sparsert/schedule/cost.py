@@ -23,7 +23,7 @@ _MOST_CLUSTERED = 4096  # rows: grouping takes about 15 us a row
 
 def code_bytes(task: Task, target: Target) -> float:
     """An estimate of the code: a multiply-add per nonzero and its share of loads."""
-    per_nonzero = 9.5 if target.embedded_broadcast else 17.0
+    per_nonzero = 7.0 if target.by_element else 9.5 if target.embedded_broadcast else 17.0
     return per_nonzero * task.pattern.nnz
 
 
@@ -127,7 +127,7 @@ def window(task: Task, target: Target) -> tuple[int, int]:
 def few_columns(task: Task, target: Target, columns: int) -> FewColumns | None:
     """None where the unrolled code, on columns padded to a tile if need be, is best."""
     narrow, code = target.lanes < 16, code_bytes(task, target)
-    if task.layout == "tile_major":
+    if task.layout == "tile_major" or not target.loops:
         return None
     if not narrow and columns <= _LOOKUP_COLUMNS:
         return FewColumns(target.name, True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from ..codeobject import CodeObject
-from ..vector import POOL_BYTES, POOL_LANES, Program
+from ..pool import listed, pool
+from ..vector import Program
 from .encoder import EVEX128, EVEX512, LEGACY, RIP, VEX128, VEX256, encode
 from .lower import lower
 from .table import ALIGN, LABEL, NAMES, ROWS, Tuple
@@ -15,8 +16,7 @@ ENCODINGS = {"x86-avx512": EVEX512, "x86-avx2": VEX256}
 
 def assemble(program: Program, isa: str) -> CodeObject:
     encoded = encode(lower(program, ENCODINGS[isa]), program.labels)
-    pool = np.repeat(np.array(program.constants, "<u4"), POOL_LANES).tobytes()
-    return CodeObject(isa, encoded.code.tobytes() + pool, encoded.code.size, encoded.offsets.size - 1)
+    return CodeObject(isa, encoded.code.tobytes() + pool(program), encoded.code.size, encoded.offsets.size - 1)
 
 
 def listing(program: Program, isa: str) -> str:
@@ -36,13 +36,7 @@ def listing(program: Program, isa: str) -> str:
             text = "nop" if batch.row == ALIGN else instruction_text(NAMES[batch.row], batch.encoding, one, batch.bcast)
             if offsets[place + 1] > offsets[place]:
                 lines[place] = f"{offsets[place]:8x}  {raw[offsets[place] : offsets[place + 1]].hex():<24} {text}"
-    lines = [line for line in lines if line]
-    if program.constants:
-        lines.append(f"L{program.labels}:  ; constants")
-    for k, bits in enumerate(program.constants):
-        value = float(np.array(bits, np.uint32).view(np.float32))
-        lines.append(f"{size + k * POOL_BYTES:8x}  {bits:08x} x {POOL_LANES:<12} ; {value:.9g}")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*filter(None, lines), *listed(program, size)]) + "\n"
 
 
 _GENERAL = [
@@ -105,6 +99,8 @@ def instruction_text(name: str, enc: int, c: dict[str, int], bcast: bool = False
             words.append(register(kind, c["reg"]))
         elif letter == "v":
             words.append(register(kind, c["vvvv"]))
+        elif letter == "o":
+            words.append(register(kind, c["rm"]))
         elif letter == "m":
             words.append(register(kind, c["rm"]) if "rm" in c else memory(kind))
         elif letter == "s":

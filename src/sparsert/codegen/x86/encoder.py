@@ -116,6 +116,7 @@ def _encode(batch: Batch) -> tuple[Words, Words | None, Ints | int]:
     if kind == "V" and any(_largest(f.get(key, 0)) > 15 for key in ("reg", "vvvv", "rm")):
         raise InternalError(f"{NAMES[batch.row]}: VEX reaches registers 0 to 15 only")
     has_modrm = row.digit >= 0 or "m" in row.operands
+    opcode: Ints | int = row.opcode
     modrm: Ints | int = 0
     tail: Ints | int = 0
     size: Ints | int = 0
@@ -126,6 +127,9 @@ def _encode(batch: Batch) -> tuple[Words, Words | None, Ints | int]:
     elif has_modrm:
         rm = _wide(f["rm"])
         modrm, x, b = 0xC0 | rm & 7, rm >> 4 & 1, rm >> 3 & 1
+    elif "o" in row.operands:
+        rm = _wide(f["rm"])
+        opcode, b = opcode | rm & 7, rm >> 3
     if row.imm:
         value = _wide(f["imm"]) << (4 if "s" in row.operands else 0)
         imm = 0 if "b" in row.operands else value & (1 << 8 * row.imm) - 1
@@ -165,7 +169,7 @@ def _encode(batch: Batch) -> tuple[Words, Words | None, Ints | int]:
         head, at = 0, 0
         for byte, present in (
             (_MANDATORY[row.prefix], row.prefix != 0), (0x40 | rex, rex != 0), (0x0F, row.map != M1),
-            (row.opcode, True), (modrm, has_modrm),
+            (opcode, True), (modrm, has_modrm),
         ):  # fmt: skip
             head = head | _choose(present, byte << at * 8, 0)
             at = at + _choose(present, 1, 0)
@@ -214,12 +218,9 @@ def _memory_operand(
     if not simple or isinstance(disp, int) or not isinstance(base, int):
         return _memory_operand_general(f, unit, n)
     # Nearly always: [base + disp8].
-    scaled = disp >> unit.bit_length() - 1
-    plain = (scaled == scaled.astype(np.int8)) & (disp != 0)
-    if unit > 1:
-        plain &= disp & unit - 1 == 0
-    odd = np.flatnonzero(~plain)
-    scaled &= 0xFF
+    short = (disp >> unit.bit_length() - 1).astype(np.int8)
+    odd = np.flatnonzero((np.multiply(short, unit, dtype=np.int64) != disp) | (short == 0))
+    scaled = short.view(np.uint8).astype(np.int64)
     if not odd.size:
         return 0x40 | base & 7, scaled, 1, 0, base >> 3 & 1
     rest = disp[odd]

@@ -42,7 +42,8 @@ _SCALAR = {
     "s_sub": "sub reg=d rm=a", "s_addi": "add_imm rm=d imm", "s_set": "mov_imm rm=d imm",
     "s_muli": "imul_imm reg=d rm=a imm", "s_add_arg": "add reg=d arg",
     "s_max_arg": "cmp reg=d arg; cmovl reg=d arg", "s_min_arg": "cmp reg=d arg; cmovg reg=d arg",
-    "s_const": "lea reg=d pool", "s_code": "lea reg=d code", "prefetch": "prefetcht1 mem", "prefetch_near": "prefetcht0 mem",
+    "s_const": "lea reg=d pool", "s_code": "lea reg=d code", "prefetch": "prefetcht1 mem",
+    "prefetch_near": "prefetcht0 mem",
     "label": "LABEL imm", "align": "ALIGN imm", "jump": "jmp imm", "jump_zero": "test reg=a rm=a; jz imm",
     "loop": "dec rm=a; jnz imm", "call": "call imm", "ret": "ret",
     "enter": "endbr64 rm=2; push rm=5; mov reg=5 rm=4; " + "; ".join(f"push rm={r}" for r in CALLEE_SAVED),
@@ -128,9 +129,9 @@ def lower(program: Program, encoding: int) -> list[Batch]:
     """
     recipes, c = _PARSED[encoding], program.columns
     op = c["op"]
-    occurrences = np.bincount(op, minlength=len(OPS))
-    by_op = np.split(np.argsort(op, kind="stable"), np.cumsum(occurrences)[:-1])  # rows of every operation
-    present = np.flatnonzero(occurrences).tolist()
+    by_op = np.argsort(op, kind="stable")
+    cuts = np.searchsorted(op[by_op], np.arange(len(OPS) + 1))
+    present = np.flatnonzero(cuts[1:] > cuts[:-1]).tolist()
     missing = [OPS[i].name for i in present if i not in recipes]
     if missing:
         raise InternalError(f"no recipe for {missing} in this encoding")
@@ -140,7 +141,8 @@ def lower(program: Program, encoding: int) -> list[Batch]:
     batches = operand.batches(start)
     start += operand.extra
     for number in present:
-        for rows in operand.alike(by_op[number]) if "m" in OPS[number].form else [by_op[number]]:
+        rows_of = by_op[cuts[number] : cuts[number + 1]]
+        for rows in operand.alike(rows_of) if "m" in OPS[number].form else [rows_of]:
             view = _Rows(c, rows, operand, program.labels, OPS[number].scalar)
             for k, (row, enc, sources) in enumerate(recipes[number]):
                 batches += view.instruction(row, enc, start[rows] + k, sources)
@@ -216,10 +218,9 @@ class _Addressing:
         memory = (kind & _MEMORY) != 0
         writes = np.flatnonzero(kind & _WRITES)
         labels = np.flatnonzero(op == OP["label"])
-        pointers = np.where(memory, ptr, -1)
         for number in sorted({*_WINDOWED, *np.unique(ptr[c["step"] != 0]).tolist()}):
             pointer = S(number)
-            rows = np.flatnonzero(pointers == number)
+            rows = np.flatnonzero((ptr == number) & memory)
             if not rows.size:
                 continue
             written = writes[c["d"][writes] == number]
@@ -245,7 +246,8 @@ class _Addressing:
             return None
         bits = 7 + (0 if encoding == VEX256 else _WINDOWED[pointer].bit_length() - 1)
         disp = self.disp[rows]
-        window = (disp + (1 << bits)) >> bits + 1 << bits + 1
+        window = disp + (1 << bits)
+        window &= -2 << bits
         self.disp[rows] = disp - window
         return window
 

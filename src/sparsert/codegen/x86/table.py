@@ -5,9 +5,9 @@ opcode, W, the EVEX tuple type (which scales a compressed displacement), a ``/di
 bytes, the operands in Intel order, and in which encodings it exists: ``L`` legacy, ``V`` VEX, ``E`` EVEX.
 
 Operand letters: ``r`` ModRM.reg, ``v`` VEX.vvvv, ``m`` ModRM.rm (register or memory), ``i`` immediate, ``s`` register
-in the upper half of the immediate byte (is4), ``b`` a branch displacement.  Their kinds: ``x`` vector, ``g`` 64-bit
-general, ``e`` 32-bit general, ``w`` and ``y`` memory of 2 bytes and of 1, ``k`` mask, ``q`` memory only, ``4`` 128-bit
-vector or memory.
+in the upper half of the immediate byte (is4), ``o`` register in the opcode, ``b`` a branch displacement.  Their kinds:
+``x`` vector, ``g`` 64-bit general, ``e`` 32-bit general, ``w`` and ``y`` memory of 2 bytes and of 1, ``k`` mask,
+``q`` memory only, ``4`` 128-bit vector or memory.
 """
 
 from __future__ import annotations
@@ -104,8 +104,8 @@ ROWS: dict[str, Row] = {
     "cmovl":          Row(P00, M0F,   0x4C, 1, _N, "rg mg", "L"),
     "cmovg":          Row(P00, M0F,   0x4F, 1, _N, "rg mg", "L"),
     "dec":            Row(P00, M1,    0xFF, 1, _N, "mg", "L", digit=1),
-    "push":           Row(P00, M1,    0xFF, 0, _N, "mg", "L", digit=6),
-    "pop":            Row(P00, M1,    0x8F, 0, _N, "mg", "L", digit=0),
+    "push":           Row(P00, M1,    0x50, 0, _N, "og", "L"),
+    "pop":            Row(P00, M1,    0x58, 0, _N, "og", "L"),
     "ret":            Row(P00, M1,    0xC3, 0, _N, "", "L"),
     "jmp":            Row(P00, M1,    0xE9, 0, _N, "b", "L", imm=4),
     "call":           Row(P00, M1,    0xE8, 0, _N, "b", "L", imm=4),
