@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 import sparsert
-from sparsert.codegen.x86.assemble import assemble
+from sparsert.codegen.assemble import assemble
 from sparsert.kernels import matmul
 from sparsert.runtime import host
 from sparsert.schedule import cost

@@ -26,6 +26,7 @@ from oracle import complaint, expected, same_bits
 from sparsert import Clip, Schedule
 from sparsert.errors import CodeBudgetError, ScheduleError
 from sparsert.runtime.host import host_report
+from sparsert.schedule import cost
 from sparsert.sparsity.pattern import SparseMatrix, from_csr
 
 Array = NDArray[np.float32]
@@ -52,6 +53,8 @@ class Case:
     residual: str | None
     in_place: bool
     refit: bool
+    threads: int
+    cut: str  # how calls are shared out, however small: columns or rows
 
 
 def extent(rng: np.random.Generator, most: int = 200) -> int:
@@ -75,6 +78,7 @@ def draw(seed: int, number: int, targets: list[str]) -> tuple[Case, np.random.Ge
         float(rng.choice([0.0, 0.02, 0.1, 0.3, 1.0], p=[0.05, 0.2, 0.4, 0.25, 0.1])),
         bool(rng.random() < 0.4), bool(rng.random() < 0.5),
         int(rng.integers(len(ACTIVATIONS))), residual, bool(residual and rng.random() < 0.4), bool(rng.random() < 0.2),
+        int(rng.choice([1, 2, 3, 5])), str(rng.choice(["columns", "rows"])),
     )  # fmt: skip
     return case, rng
 
@@ -116,14 +120,17 @@ def schedule_of(rng: np.random.Generator, most: int, extent: int) -> Schedule:
 
 def compiled(case: Case, layout: str, matrix: SparseMatrix, bias: Array | None, rng: np.random.Generator) -> Any:
     """The operator of ``case`` in ``layout``, as the cost model or as the dice will have it."""
-    options = {"residual": case.residual, "target": case.target}
+    options: dict[str, Any] = {"residual": case.residual, "target": case.target, "threads": case.threads}
     if layout == "linear":
         build: Callable[..., Any] = sparsert.compile_linear
     else:
         build, options["layout"] = sparsert.compile_matmul, layout
     activation = ACTIVATIONS[case.activation]
-    op = build(matrix, bias, activation, **options)
-    if op.schedule is None or rng.random() < 0.3:
+    complete = 0 < matrix.pattern.nnz == matrix.shape[0] * matrix.shape[1]
+    if layout != "tile_major" and complete and rng.random() < 0.5:  # with zeros, 0 * inf would count
+        return build(matrix, bias, activation, form="dense", **options)
+    op = build(matrix, bias, activation, form="sparse", **options)
+    if not isinstance(op.schedule, Schedule) or rng.random() < 0.3:
         return op
     if rng.random() < 0.2:  # looped over the pattern, if that code is shorter
         try:
@@ -189,6 +196,8 @@ def run_case(case: Case, rng: np.random.Generator) -> list[str]:
     bias = rng.standard_normal(case.shape[0]).astype(np.float32) if case.bias else None
     buffers = Buffers()
     problems: list[str] = []
+    cost.split = lambda task, schedule, target, threads, tiles, by_rows=True: cost.Split(
+        case.cut if by_rows else "columns", threads)  # fmt: skip
     with guarded(buffers):
         op = compiled(case, case.layout, matrix, bias, rng)
         if case.refit:
@@ -265,7 +274,9 @@ def main() -> int:
             if problems:
                 print(f"{case}:\n  " + "\n  ".join(problems))
                 return 1
-            seen.update([case.target, case.layout, "calls"] + ["calls"] * (len(case.columns) - 1))
+            seen.update(
+                [case.target, case.layout, f"on {case.threads} threads", "calls"] + ["calls"] * (len(case.columns) - 1)
+            )
     print(f"{args.count} cases: " + ", ".join(f"{count} {name}" for name, count in sorted(seen.items())))
     return 0
 

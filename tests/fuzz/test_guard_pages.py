@@ -37,9 +37,9 @@ def verdict(done: subprocess.CompletedProcess[str], log: Path) -> str:
     return f"{how} after {max(len(cases) - 1, 0)} good cases in {last}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
 
 
-def campaign(seed: int, count: int, folder: Path) -> None:
+def campaign(seed: int, count: int, folder: Path, cases: str = "guard_cases.py") -> None:
     log = folder / "cases.jsonl"
-    script = Path(__file__).with_name("guard_cases.py")
+    script = Path(__file__).with_name(cases)
     done = child([str(script), "--seed", str(seed), "--count", str(count), "--log", str(log)], log)
     wrong = verdict(done, log)
     assert not wrong, wrong
@@ -51,11 +51,16 @@ def test_drawn_layers(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     campaign(request.config.getoption("--seed"), QUICK, tmp_path)
 
 
+def test_drawn_products(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    campaign(request.config.getoption("--seed"), QUICK, tmp_path, "product_cases.py")
+
+
 @pytest.mark.full
 def test_many_drawn_layers(tmp_path: Path, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]) -> None:
     count = int(os.environ.get("SPARSERT_FUZZ_CASES", FULL))
     with capsys.disabled():  # the count is part of the report
         campaign(request.config.getoption("--seed") + 1, count, tmp_path)
+        campaign(request.config.getoption("--seed") + 1, count, tmp_path, "product_cases.py")
 
 
 @pytest.mark.parametrize(("at_end", "offset"), [(True, 4 * 100), (False, -1)])

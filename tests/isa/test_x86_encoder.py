@@ -23,6 +23,7 @@ EVEX = (EVEX128, EVEX256, EVEX512)
 LEGAL = {"L": (LEGACY,), "V": (VEX128, VEX256), "E": EVEX}
 RSP = 4
 NOT_IN_128_BITS = ("vinsertf32x4", "vextractf32x4")
+BRANCHES = tuple(name for name, row in ROWS.items() if row.operands == "b")
 REGISTERS_ONLY = ("vpslld_vex", "vpmovd2m", "kmovw")  # sources the architecture does not read from memory
 LEGACY_SIZES = {"me": "dword", "mw": "word", "my": "byte"}
 FIXED_RM = {"endbr64": 2, "xgetbv": 0}  # opcodes that look like an operand
@@ -263,7 +264,7 @@ def code_of(c: Instructions, labels: int = 2) -> tuple[bytes, Encoded]:
 
 def test_a_batch_is_its_instructions_one_by_one(rng: np.random.Generator) -> None:
     c = mixed(1500, rng)
-    away = (c["base"] == RIP) | np.isin(c["row"], [ROW[name] for name in ("jmp", "call", "jz", "jnz")])
+    away = (c["base"] == RIP) | np.isin(c["row"], [ROW[name] for name in BRANCHES])
     c = pick(c, ~away)
     whole, encoded = code_of(c)
     alone = [code_of(pick(c, np.arange(c["row"].size) == i))[0] for i in range(c["row"].size)]
@@ -305,7 +306,7 @@ def test_labels_near_and_far(between: int, tmp_path: Path) -> None:
     """Forward and backward over 0 bytes to a megabyte: every branch, and lea of a label."""
     filler = allocate(between)
     filler["row"][:], filler["rm"][:], filler["reg"][:], filler["imm"][:] = ROW["imul_imm"], 3, 9, 1 << 20
-    uses = [branch(name, to) for name in ("jmp", "call", "jz", "jnz") for to in range(3)] + [lea(to) for to in range(3)]
+    uses = [branch(name, to) for name in BRANCHES for to in range(3)] + [lea(to) for to in range(3)]
     c = joined([label(0), *uses, filler, label(1), *uses, filler, *uses, label(2)])
     raw, encoded = code_of(c, 3)
     inner = [source_line(c, i) for i in range(c["row"].size) if c["row"][i] != ROW["imul_imm"]]

@@ -231,7 +231,7 @@ def test_a_hopeless_budget_is_refused_before_any_work() -> None:
     columns = 2**24
     weight = as_sparse((np.ones(columns, np.float32), np.arange(columns), np.array([0, columns]), (1, columns)))
     with pytest.raises(CodeBudgetError, match="at least"):
-        sparsert.compile_matmul(weight, target=_compiled_target(), max_code_bytes=1 << 20, schedule=Schedule(rows=1))
+        sparsert.compile_matmul(weight, target=_compiled_target(), max_code_bytes=1 << 20, form="sparse")
 
 
 def _compiled_target() -> str:

@@ -336,7 +336,7 @@ def test_programs_in_the_interpreter(target: str, by_lookup: bool, rng: np.rando
         product.run(x, want, r, n)
         key = (n, *x.strides, *got.strides, *r.strides)
         frame = product.new_frame(key, 0)
-        weights = product.values[0][0]
+        weights = product.values[0].packed[0][0]
         frame.point(address_of(x), address_of(got), address_of(r), address_of(weights))
         arrays = {"x": x, "y": got, "r": r, "w": weights, "scratch": frame.scratch, "data": product.data,
                   "counts": product.counts}  # fmt: skip

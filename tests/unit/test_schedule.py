@@ -115,7 +115,7 @@ def test_what_the_cost_model_chooses_is_legal(
         weight = dense_matrix(rng, rows, cols, density)
         options: dict[str, Any] = {"target": target} if layout == "linear" else {"target": target, "layout": layout}
         compile_ = sparsert.compile_linear if layout == "linear" else sparsert.compile_matmul
-        op = compile_(weight, activation=activation, **options)
+        op = compile_(weight, activation=activation, form="sparse", **options)
         assert op.schedule is not None
         again = compile_(weight, activation=activation, schedule=op.schedule, **options)
         assert again.schedule == op.schedule

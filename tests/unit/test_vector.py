@@ -26,7 +26,7 @@ def test_the_vocabulary_is_numbered_and_named_once() -> None:
     assert {op.name for op in OPS if "m" in op.form} == {
         "load", "store", "bcast", "fma_bcast", "mul_bcast", "load4", "insert4", "store4", "set_mask", "load_mask",
         "store_mask", "prefetch", "prefetch_near", "load_bytes", "expand", "s_load", "s_load32", "s_store32",
-        "s_at8", "s_at16", "s_at32",
+        "s_at8", "s_at16", "s_at32", "s_store", "s_exchange", "s_fetch_add", "s_replace",
     }  # fmt: skip
     assert all(set(op.form) <= set("dabmi") and len(set(op.form)) == len(op.form) for op in OPS)
 

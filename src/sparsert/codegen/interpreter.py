@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InternalError
-from .vector import OPS, PITCH_OF, Program, S
+from .vector import ARGUMENTS, OPS, PITCH_OF, PRESERVED, Program, S
 
 Lanes = NDArray[np.float32]
 _WORD = (1 << 64) - 1
@@ -33,6 +33,8 @@ class Region(NamedTuple):
 
 
 Memory = Mapping[str, Region]
+Functions = Mapping[int, Callable[..., None]]
+"""Native functions by address; each is called with the values of the six argument registers, None where unwritten."""
 
 
 def region(address: int, array: NDArray[np.generic]) -> Region:
@@ -126,13 +128,15 @@ _READS_D = ("fma_acc", "fma_mul", "fnma_acc", "fnma_mul", "select_neg", "lookup2
 class Machine:
     """Registers, memory and the place in the program."""
 
-    def __init__(self, program: Program, lanes: int, args: NDArray[np.int64], memory: Memory) -> None:
-        self.lanes, self.args, self.memory = lanes, args, memory
+    def __init__(
+        self, program: Program, lanes: int, args: NDArray[np.int64], memory: Memory, functions: Functions, here: int
+    ) -> None:
+        self.lanes, self.args, self.memory, self.functions = lanes, args, memory, functions
         self.rows = [Row(*row) for row in zip(*(c.tolist() for c in program.columns.values()), strict=True)]
         self.labels = {row.disp: i for i, row in enumerate(self.rows) if OPS[row.op].name == "label"}
         self.constants = [np.full(lanes, bits, np.uint32).view(np.float32) for bits in program.constants]
         self.vector: dict[int, Lanes] = {}
-        self.scalar: dict[int, int] = {int(S.ARGS): -1}
+        self.scalar: dict[int, int] = {int(S.ARGS): here & _WORD}
         self.mask: NDArray[np.bool_] | None = None
         self.calls: list[int] = []
         self.at = 0
@@ -334,6 +338,49 @@ def _nothing(m: Machine, r: Row) -> None:
     pass
 
 
+def _word(m: Machine, r: Row) -> NDArray[np.uint64]:
+    """The 64-bit word in memory that a row names."""
+    address = m.address(r)
+    if address % 8:
+        raise m.fail(f"a shared word at {address:#x} is not aligned")
+    return m.bytes(address, 8).view(np.uint64)
+
+
+def _s_store(m: Machine, r: Row) -> None:
+    _word(m, r)[0] = m.get(r.a)
+
+
+def _s_exchange(m: Machine, r: Row) -> None:
+    word, m.mask = _word(m, r), None
+    old, word[0] = int(word[0]), m.get(r.d)
+    m.put(r.d, old)
+
+
+def _s_fetch_add(m: Machine, r: Row) -> None:
+    word, m.mask = _word(m, r), None
+    old = int(word[0])
+    word[0] = old + m.get(r.d) & _WORD
+    m.put(r.d, old)
+
+
+def _s_replace(m: Machine, r: Row) -> None:
+    word, m.mask = _word(m, r), None
+    old, new = int(word[0]), m.get(r.b)
+    if old == m.get(r.d):
+        word[0] = new
+    m.scalar.pop(S.X, None)
+    m.put(r.d, old)
+
+
+def _invoke(m: Machine, r: Row) -> None:
+    function = m.functions.get(m.get(r.a))
+    if function is None or m.calls:
+        raise m.fail("a native function is called inside a routine, or is none")
+    function(*(m.scalar.get(register) for register in ARGUMENTS))
+    m.vector, m.mask = {}, None
+    m.scalar = {register: value for register, value in m.scalar.items() if register in PRESERVED}
+
+
 # All others: with memory, scalars or control.
 EFFECTS: dict[str, Callable[[Machine, Row], None]] = {
     "load": lambda m, r: m.vector.update({r.d: m.read(r, m.lanes)}),
@@ -378,13 +425,22 @@ EFFECTS: dict[str, Callable[[Machine, Row], None]] = {
     "ret": _ret,
     "enter": _nothing,
     "leave": _leave,
-    "s_load": lambda m, r: m.put(r.d, _unsigned(m, r, 8)),
     "s_load32": lambda m, r: m.put(r.d, _unsigned(m, r, 4)),
     "s_store32": _store32,
     "s_at8": lambda m, r: _at(m, r, 1),  # a plus an unsigned byte in memory, shifted left by b; may use TMP
     "s_at16": lambda m, r: _at(m, r, 2),
     "s_at32": lambda m, r: _at(m, r, 4),
     "s_skip": _skip,  # past as many floats as the mask selects lanes; may use TMP
+    "s_load": lambda m, r: m.put(r.d, int(_word(m, r)[0])),
+    "s_store": _s_store,
+    "s_exchange": _s_exchange,  # the register and the word swap what they hold
+    "s_fetch_add": _s_fetch_add,  # the register gives what is added and takes what was there
+    "s_replace": _s_replace,  # by b if the word is d, which takes what was there; X is lost
+    "s_pause": _nothing,  # a turn of a loop that waits for another thread
+    "jump_equal": lambda m, r: m.jump(r.disp) if m.get(r.a) == m.get(r.b) else None,
+    "jump_differs": lambda m, r: m.jump(r.disp) if m.get(r.a) != m.get(r.b) else None,
+    "jump_less": lambda m, r: m.jump(r.disp) if _signed(m.get(r.a)) < _signed(m.get(r.b)) else None,
+    "invoke": _invoke,  # a native function, not from within ``call``; registers but PRESERVED are lost
 }
 
 
@@ -404,7 +460,8 @@ def _lanewise(name: str) -> Callable[[Machine, Row], None]:
 _BY_NUMBER = [_lanewise(op.name) if op.name in LANES else EFFECTS[op.name] for op in OPS]
 
 
-def run(program: Program, lanes: int, args: NDArray[np.int64], memory: Memory, budget: int = 10**6) -> int:
+def run(program: Program, lanes: int, args: NDArray[np.int64], memory: Memory, budget: int = 10**6,
+        functions: Functions | None = None, here: int = -1) -> int:  # fmt: skip
     """Execute ``program`` from its first row to ``leave``; how many rows that took.
 
     Args:
@@ -412,11 +469,13 @@ def run(program: Program, lanes: int, args: NDArray[np.int64], memory: Memory, b
         args: the argument block, one 64-bit slot each; the program's own variables in it are written.
         memory: the regions it may access, by name.
         budget: rows after which it counts as a runaway.
+        functions: what ``invoke`` may call.
+        here: the address of ``args``, for programs that pass it on or read through it; ``args`` is no region by itself.
 
     Raises:
         InternalError: the program does what no program may; ``where`` names the row.
     """
-    m = Machine(program, lanes, args, memory)
+    m = Machine(program, lanes, args, memory, functions or {}, here)
     with np.errstate(all="ignore"):
         for count in range(1, budget + 1):
             if m.at >= len(m.rows):

@@ -51,6 +51,10 @@ class S(IntEnum):
     PANEL = 13  # what runs along beside x: a panel it is packed into, or the code that comes next
 
 
+ARGUMENTS = (S.ARGS, S.PANEL, S.W, S.Y, S.CONST, S.PX)
+"""What a native function that ``invoke`` calls takes as its arguments."""
+PRESERVED = (S.PX5, S.PX7, S.PY, S.T, S.TMP)
+"""The scalar registers that keep their values over ``invoke``; no vector register does."""
 PITCH_OF = {S.X: S.PX, S.Y: S.PY}
 """The register that holds a pointer's pitch."""
 
@@ -87,10 +91,17 @@ def _table() -> tuple[Op, ...]:
             "s_muli": "dai", "s_add_arg": "di", "s_max_arg": "di", "s_min_arg": "di", "s_const": "d", "s_code": "di",
             "label": "i", "align": "i", "jump": "i", "jump_zero": "ai", "loop": "ai", "call": "i", "ret": "",
             "enter": "", "leave": "",
-            "s_load": "dm", "s_load32": "dm", "s_store32": "am", "s_at8": "damb", "s_at16": "damb", "s_at32": "damb",
+            "s_load32": "dm", "s_store32": "am", "s_at8": "damb", "s_at16": "damb", "s_at32": "damb",
             "s_skip": "d",
     }  # fmt: skip
-    return tuple([Op(n, f) for n, f in vector.items()] + [Op(n, f, True) for n, f in scalar.items()])
+    # What threads need to meet. Words of 64 bits: s_load acquires, s_store releases, the read-modify-writes do both
+    # and lose the mask.
+    shared = {
+        "s_load": "dm", "s_store": "am", "s_exchange": "dm", "s_fetch_add": "dm", "s_replace": "dbm", "s_pause": "",
+        "jump_equal": "abi", "jump_differs": "abi", "jump_less": "abi", "invoke": "a",
+    }  # fmt: skip
+    groups = ((vector, False), (scalar, True), (shared, True))
+    return tuple(Op(name, form, kind) for group, kind in groups for name, form in group.items())
 
 
 OPS = _table()

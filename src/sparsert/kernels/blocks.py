@@ -207,10 +207,11 @@ class Blocks:
         rows, columns = self.task.pattern.rows * tile, self.task.pattern.cols * tile
         partial = Cursor(Arg.PT, Arg.PARTIAL, Arg.ZERO, rows)
         if self.task.layout == "tile_major":
+            height = self.task.height * tile or rows
             x, y, r = (
                 Cursor(Arg.XT, Arg.X, Arg.X_NEXT, columns),
-                Cursor(Arg.YT, Arg.Y, Arg.Y_NEXT, rows),
-                Cursor(Arg.RT, Arg.R, Arg.R_NEXT, rows),
+                Cursor(Arg.YT, Arg.Y, Arg.Y_NEXT, height),
+                Cursor(Arg.RT, Arg.R, Arg.R_NEXT, height),
             )
         elif self.task.layout == "transposed":
             x, r = Cursor(Arg.XT, Arg.PANEL, Arg.ZERO, columns), Cursor(Arg.RT, Arg.R_PANEL, Arg.ZERO, rows)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import IntEnum, auto
 from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..codegen.vector import OP, Builder, Row, S, row
+from ..codegen.vector import OP, Builder, Program, Row, S, check, row
 from ..target import Target
 from .arguments import Arg
 
@@ -128,7 +129,7 @@ _TRANSPOSE = (
 TRANSPOSE_REGISTERS = 4
 
 
-def _transpose4(b: Builder) -> None:
+def transpose4(b: Builder) -> None:
     for op, d, x, y in _TRANSPOSE:
         b.emit(op, d=d, a=x, b=y)
 
@@ -158,7 +159,7 @@ def _gather(b: Builder, target: Target) -> None:
     for quarter in range(target.lanes // 4):
         for i in range(4):
             b.emit("insert4" if quarter else "load4", d=i, b=quarter, ptr=S.X, step=4 * quarter + i)
-    _transpose4(b)
+    transpose4(b)
     for i in range(4):
         b.emit("store", a=i, ptr=S.Y, disp=i * target.tile_bytes)
 
@@ -166,7 +167,88 @@ def _gather(b: Builder, target: Target) -> None:
 def _scatter(b: Builder, target: Target) -> None:
     for i in range(4):
         b.emit("load", d=i, ptr=S.Y, disp=i * target.tile_bytes)
-    _transpose4(b)
+    transpose4(b)
     for quarter in range(target.lanes // 4):
         for i in range(4):
             b.emit("store4", a=i, b=quarter, ptr=S.X, step=4 * quarter + i)
+
+
+class TransposeArg(IntEnum):
+    """The argument block of :func:`transposition`: addresses, then bytes and counts."""
+
+    IN = 0
+    OUT = auto()
+    IN_PITCH = auto()
+    OUT_PITCH = auto()
+    IN_STEP = auto()  # four rows of the input; the last four may overlap those before,
+    IN_LAST = auto()
+    QUADS = auto()
+    OUT_LAST = auto()  # as they do in the rows of the output
+    OUT_STEP = auto()  # a vector of the input's columns, rows of the output; and the same for the last one
+    OUT_LAST_ROWS = auto()
+    IN_LAST_COLUMNS = auto()
+    VECTORS = auto()
+    COLUMN = auto()  # variables: offsets of the current vector
+    ROWS = auto()
+
+    @property
+    def byte(self) -> int:
+        return 8 * int(self)
+
+
+def transposition(target: Target) -> Program:
+    """out[j][i] = in[i][j] for any arrays of at least four rows and a vector of columns, which do not overlap."""
+    b, arg = Builder(), TransposeArg
+    column, quad = b.label("vector of columns"), b.label("four rows")
+    b.emit("enter")
+    for register, slot in ((S.PX, arg.OUT_PITCH), (S.PY, arg.IN_PITCH), (S.T, arg.VECTORS)):
+        b.emit("s_arg", d=register, disp=slot.byte)
+    for register, factor in ((S.PX3, 3), (S.PX5, 5), (S.PX7, 7)):
+        b.emit("s_muli", d=register, a=S.PX, disp=factor)
+    b.emit("s_set", d=S.TMP, disp=0)
+    for slot in (arg.COLUMN, arg.ROWS):
+        b.emit("s_put", a=S.TMP, disp=slot.byte)
+    b.place(column)
+    b.emit("s_arg", d=S.K, disp=arg.QUADS.byte)
+    b.emit("s_set", d=S.CONST, disp=0)
+    b.emit("s_set", d=S.PANEL, disp=0)
+    b.place(quad)
+    for pointer, within, last, across, end, base in (
+        (S.Y, S.CONST, arg.IN_LAST, arg.COLUMN, arg.IN_LAST_COLUMNS, arg.IN),
+        (S.X, S.PANEL, arg.OUT_LAST, arg.ROWS, arg.OUT_LAST_ROWS, arg.OUT),
+    ):
+        b.emit("s_arg", d=S.W, disp=across.byte)
+        b.emit("s_min_arg", d=S.W, disp=end.byte)
+        b.emit("s_mov", d=pointer, a=within)
+        b.emit("s_min_arg", d=pointer, disp=last.byte)
+        b.emit("s_add", d=pointer, a=S.W)
+        b.emit("s_add_arg", d=pointer, disp=base.byte)
+    for i in range(4):
+        b.emit("load", d=i, ptr=S.Y)
+        b.emit("s_add", d=S.Y, a=S.PY)
+    transpose4(b)
+    for j in range(target.lanes):
+        b.emit("store4", a=j % 4, b=j // 4, ptr=S.X, step=j)
+    b.emit("s_add_arg", d=S.CONST, disp=arg.IN_STEP.byte)
+    b.emit("s_addi", d=S.PANEL, disp=16)
+    b.emit("loop", a=S.K, disp=quad)
+    for slot, step in ((arg.COLUMN, target.tile_bytes), (arg.ROWS, arg.OUT_STEP)):
+        b.emit("s_arg", d=S.TMP, disp=slot.byte)
+        if isinstance(step, TransposeArg):
+            b.emit("s_add_arg", d=S.TMP, disp=step.byte)
+        else:
+            b.emit("s_addi", d=S.TMP, disp=step)
+        b.emit("s_put", a=S.TMP, disp=slot.byte)
+    b.emit("loop", a=S.T, disp=column)
+    b.emit("leave")
+    program = b.finish()
+    check(program)
+    return program
+
+
+def transpose_slots(rows: int, columns: int, in_pitch: int, out_pitch: int, lanes: int) -> list[int]:
+    """The argument block of :func:`transposition` but for its first two slots; the input has these extents."""
+    return [
+        in_pitch, out_pitch, 4 * in_pitch, (rows - 4) * in_pitch, -(-rows // 4), 4 * (rows - 4),
+        lanes * out_pitch, (columns - lanes) * out_pitch, 4 * (columns - lanes), -(-columns // lanes), 0, 0,
+    ]  # fmt: skip

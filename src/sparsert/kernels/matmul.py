@@ -46,11 +46,13 @@ class Kernel:
         if bias is not None:
             out[p.bias_slot] = bias[p.order]
 
-    def unpack(self, packed: NDArray[np.float32]) -> NDArray[np.float32]:
-        """The values of the pattern (CSR order) that :meth:`pack` has put into ``packed``."""
-        values = np.empty(self.plan.taps.size, np.float32)
-        values[self.plan.taps] = packed[self.plan.value_slot]
-        return values
+    def unpack(self, packed: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
+        """What ``pack`` was given."""
+        p = self.plan
+        values, bias = np.zeros(len(self.taps), np.float32), np.zeros(self.taps.rows, np.float32)
+        values[self.taps.source[p.taps, 0]] = packed[p.value_slot]
+        bias[p.order[: p.bias_slot.size]] = packed[p.bias_slot]
+        return values, bias if p.bias_slot.size else None
 
 
 def spare(task: Task, target: Target) -> int:

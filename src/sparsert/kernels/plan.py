@@ -61,7 +61,7 @@ def plan(taps: Taps, extent: int, order: NDArray[np.int64], schedule: Schedule, 
     """
     blocks = row_blocks(taps.rows, schedule.rows, unit)
     n_blocks = blocks.size - 1
-    fold = fold_width(taps.row, extent)
+    fold = _fold_width(taps, extent)
     width = fold or schedule.k_segment or max(extent, 1)
     segments = max(1, -(-extent // width))
     position = np.empty(taps.rows, np.int64)
@@ -87,13 +87,17 @@ def plan(taps: Taps, extent: int, order: NDArray[np.int64], schedule: Schedule, 
                 int(place.size + (taps.rows if bias else 0)), fold > 0)  # fmt: skip
 
 
-def fold_width(row: NDArray[np.int32], extent: int) -> int:
-    """Input rows per fold, 0 for none; ``row`` is the output row of every tap.
+def _fold_width(taps: Taps, extent: int) -> int:
+    """Input rows per fold, 0 for none; see :func:`fold_width`."""
+    return fold_width(int(np.bincount(taps.row).max()), extent) if extent > FOLD_TAPS and len(taps) else 0
+
+
+def fold_width(most: int, extent: int) -> int:
+    """Of ``extent`` input rows, how many a sum of at most ``most`` products takes at a time; 0: all.
 
     One running sum over tens of thousands of products of one sign would drift beyond the error bound. Such rows are
     summed in pieces, whose borders depend on the pattern alone: results stay the same under every schedule.
     """
-    most = int(np.bincount(row).max()) if extent > FOLD_TAPS and row.size else 0
     return -(-extent // -(-2 * most // FOLD_TAPS)) if most > FOLD_TAPS else 0
 
 

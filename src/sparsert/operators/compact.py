@@ -18,7 +18,7 @@ from ..kernels.compact import SLOTS, Slot
 from ..kernels.lookup import Lookup
 from ..kernels.looped import Looped
 from ..kernels.plan import fold_width
-from ..runtime.cpu import Executable, Frame, address_of
+from ..runtime.cpu import Executable, address_of
 from ..runtime.memory import aligned_empty
 from ..schedule import cost
 from ..schedule.task import Task
@@ -26,7 +26,8 @@ from ..sparsity.pattern import Pattern
 from ..sparsity.streams import Stream, lockstep, wide_bytes, windows
 from ..target import TARGETS, Target
 from .arrays import Array
-from .native import Binding, Framed
+from .native import Binding, Framed, Loaded
+from .team import Solo
 
 _NOTHING = Pattern(0, 0, np.zeros(1, np.int64), np.zeros(0, np.int32))
 
@@ -42,7 +43,7 @@ class CompactProduct(Framed):
     def __init__(self, task: Task, target: Target, by_lookup: bool) -> None:
         self.task, self.target, self.by_lookup = task, target, by_lookup
         pattern = task.pattern
-        self.fold = fold_width(pattern.row_of, pattern.cols)
+        self.narrowest, self.fold = 1, _fold(pattern)
         if by_lookup:
             self.window, unroll = cost.window(task, target)
             self.stream: Stream = windows(pattern, target.lanes, self.window, unroll, self.fold)
@@ -50,7 +51,7 @@ class CompactProduct(Framed):
         else:
             self.form = _looped(task, target)
             self.stream = lockstep(pattern, self.form.rows, self.fold)
-        super().__init__(self._code(1), 1, False)
+        super().__init__(1, False)
         self.data, self.counts = aligned_empty(max(1, self.stream.data.size), np.uint8), self.stream.counts
         self.data[: self.stream.data.size] = self.stream.data
 
@@ -61,7 +62,7 @@ class CompactProduct(Framed):
     @property
     def data_bytes(self) -> int:
         """Of pattern and values."""
-        return self.data.nbytes + self.counts.nbytes + self.values[0][0].nbytes
+        return self.data.nbytes + self.counts.nbytes + sum(array.nbytes for array in self.values[0].packed[0])
 
     def listing(self) -> str:
         """The code as text."""
@@ -77,11 +78,11 @@ class CompactProduct(Framed):
         if bias is not None:
             packed[: s.order.size] = bias[s.order]
         packed[starts:] = np.append(values, np.float32(-0.0))[s.source]
-        self.values[0] = packed, address_of(packed)
+        self.values[0] = Loaded({0: (packed,)}, {0: (address_of(packed),)})
 
-    def unpack(self, packed: Array) -> Array:
-        """The values of the pattern (CSR order) that :meth:`load` has packed."""
-        s = self.stream
+    def unpack(self) -> Array:
+        """The values of the pattern (CSR order) that :meth:`load` was given last."""
+        s, packed = self.stream, self.values[0].packed[0][0]
         values = np.empty(self.task.pattern.nnz, np.float32)
         real = s.source >= 0
         values[s.source[real]] = packed[s.bundles * s.lanes :][: s.source.size][real]
@@ -91,19 +92,13 @@ class CompactProduct(Framed):
         """The binding for arrays like these, of (K, N) and (M, N) in any strides, or tiles."""
         key = (columns, *x.strides, *y.strides, *((0,) * y.ndim if r is None else r.strides))
         binding = self._bindings.get(key)
-        return self._binding(key, columns) if binding is None else binding
-
-    def _binding(self, key: tuple[int, ...], columns: int) -> Binding:
-        binding = Binding(self, key)
-        if self.by_lookup and columns > 1:
-            binding.executable = self._code(columns)
-        return binding
+        return Binding(self, key) if binding is None else binding
 
     def _code(self, columns: int) -> Executable:
         form = replace(self.form, columns=columns) if isinstance(self.form, Lookup) else self.form
         return _executable(_stripped(self.task), self.target.name, form)
 
-    def new_frame(self, key: tuple[int, ...], offset: int) -> Frame:
+    def new_frame(self, key: tuple[int, ...], offset: int) -> Solo:
         """An argument block for arrays of these strides: lists of where their rows begin, and panels."""
         columns, strides = key[0], np.array(key[1:]).reshape(3, -1)
         lanes, s = self.target.lanes, self.stream
@@ -124,7 +119,8 @@ class CompactProduct(Framed):
             sums = s.lanes * lanes if s.folds > 1 else 0
         lists = [np.arange(k) * row[0], s.order * row[1], s.order * row[2] if self.task.residual else s.order[:0]]
         sizes = [-(-n // 16) * 16 for n in (panel, y_panel, sums, *(2 * part.size for part in lists))]
-        frame = Frame(SLOTS, sum(sizes))
+        frame = Solo(SLOTS, sum(sizes))
+        frame.call = self._code(columns).call
         frame.scratch[:] = 0
         starts = np.concatenate([[0], np.cumsum(sizes)])
         at = address_of(frame.scratch) + 4 * starts
@@ -196,10 +192,13 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
+def _fold(pattern: Pattern) -> int:
+    return fold_width(int(pattern.row_counts.max(initial=0)), pattern.cols)
+
+
 def _looped(task: Task, target: Target) -> Looped:
     pattern = task.pattern
-    folds = fold_width(pattern.row_of, pattern.cols) > 0
-    return Looped(looped.rows_per_bundle(task, target), wide_bytes(pattern), folds)
+    return Looped(looped.rows_per_bundle(task, target), wide_bytes(pattern), _fold(pattern) > 0)
 
 
 def looped_code_bytes(task: Task, target: Target) -> int:

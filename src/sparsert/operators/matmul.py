@@ -12,6 +12,7 @@ import numpy as np
 from ..errors import AliasError, ShapeError, UnsupportedError
 from ..runtime.cpu import address_of
 from ..schedule.cost import few_columns_reason
+from ..schedule.dense import DenseSchedule
 from ..schedule.schedule import Schedule
 from ..schedule.task import Task
 from ..target import Target
@@ -63,7 +64,10 @@ class _Passed(NamedTuple):
 
 
 class Product(Protocol):
-    """The computation behind an operator."""
+    """The computation behind an operator; ``narrowest`` is the least number of columns that it takes."""
+
+    @property
+    def narrowest(self) -> int: ...
 
     def load(self, values: Array, bias: Array | None) -> None: ...
 
@@ -98,10 +102,11 @@ class Compiled:
     target: Target
     product: Product
     stats: Stats
-    schedule: Schedule | None
+    schedule: Schedule | DenseSchedule | None
     reason: str
     threads: int
     list_code: Callable[[], str]
+    threads_note: Callable[[], str]
     small: SmallProducts | None = None
 
 
@@ -144,8 +149,9 @@ class _Operator(ABC):
         return self._compiled.stats
 
     @property
-    def schedule(self) -> Schedule | None:
-        """How the product is blocked; None on the reference target and where it is looped over the pattern."""
+    def schedule(self) -> Schedule | DenseSchedule | None:
+        """How the product is blocked, in its sparse or dense form; None on the reference target and where it is looped
+        over the pattern."""
         return self._compiled.schedule
 
     @property
@@ -201,10 +207,11 @@ class _Operator(ABC):
         tail = "".join((" + bias" if t.bias else "", " + residual" if t.residual == "before" else "",
                         f" > {t.activation}{t.parameters or ''}" if t.activation else "",
                         " + residual" if t.residual == "after" else ""))  # fmt: skip
+        form = "dense" if isinstance(c.schedule, DenseSchedule) else "sparse"
         sparse = f"{100 * (1 - p.density):.1f} % sparse"
         per_row = f"{p.row_min}..{p.row_max} per row, {p.empty_rows} empty rows"
         lines = [
-            f"{p.rows}x{p.cols} sparse product{tail}, x {t.layout}, target {c.target.name}",
+            f"{p.rows}x{p.cols} {form} product{tail}, x {t.layout}, target {c.target.name}",
             f"pattern   {p.nnz} nonzeros ({sparse}), {per_row}",
         ]
         if c.schedule is not None:
@@ -219,7 +226,7 @@ class _Operator(ABC):
             lines += [f"looped    {c.reason}", f"code      {s.code_bytes} bytes, for all layers with this epilogue"]
         if c.small is not None and (few := few_columns_reason(t, c.target)):
             lines.append(f"few       {few}")
-        lines.append(f"compiled  in {1e3 * s.compile_seconds:.1f} ms; runs on 1 of {c.threads} permitted threads")
+        lines += [f"threads   {c.threads_note()}", f"compiled  in {1e3 * s.compile_seconds:.1f} ms"]
         return "\n".join(lines)
 
     def __repr__(self) -> str:
@@ -327,7 +334,7 @@ class _Operator(ABC):
         x = x if packed_columns(x) else np.ascontiguousarray(x)
         r = r if r is None or packed_columns(r) else np.ascontiguousarray(r)
         target = y if packed_columns(y) else empty(y.shape)
-        if columns < self.tile:
+        if columns < self._compiled.product.narrowest:
             tile = self.tile
             xp, rp = _padded(x, axis, tile), None if r is None else _padded(r, axis, tile)
             yp = empty((y.shape[0], tile) if axis == 1 else (tile, y.shape[1]))

@@ -15,6 +15,8 @@ _CHUNK = 1 << 22  # products held at once
 class ReferenceProduct:
     """``act(W @ x + b)`` over the stored entries alone, accumulated in float64, rounded once."""
 
+    narrowest = 1
+
     def __init__(self, task: Task) -> None:
         self.task = task
         self._loaded: tuple[NDArray[np.float64], Array | None] = (np.zeros(0), None)

@@ -18,13 +18,14 @@ class Executable:
 
     def __init__(self, code: bytes) -> None:
         self.memory = ExecutableMemory(code)
+        self.address = self.memory.address
         self.call = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self.memory.address)
 
 
 class Frame:
     """What one call needs to itself: its argument block and its scratch, both starting cache lines."""
 
-    __slots__ = ("_block", "address", "scratch", "slots")
+    __slots__ = ("_block", "address", "nbytes", "scratch", "slots")
 
     def __init__(self, slots: int, scratch_floats: int) -> None:
         self.slots: NDArray[np.int64] = aligned_empty(slots, np.int64)
@@ -32,6 +33,7 @@ class Frame:
         self._block = self.slots.data.cast("B")
         self.address = address_of(self.slots)
         self.scratch: NDArray[np.float32] = aligned_empty(scratch_floats)
+        self.nbytes = self.scratch.nbytes
 
     def point(self, *addresses: int) -> None:
         """Write the first four slots: what differs from call to call."""

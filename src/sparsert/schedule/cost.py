@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from ..target import Target
@@ -19,6 +20,24 @@ _CLUSTER = 0.055  # and below this one, it pays to group rows that share columns
 _ROW_TILES = 8  # tiles that go together where rows are far apart: whole stretches of a row come from memory at once
 _PREFETCH_CODE = 4  # times L1: code that comes from further away than L2 sooner or later
 _MOST_CLUSTERED = 4096  # rows: grouping takes about 15 us a row
+
+LEAST_SHARE = 80_000  # vector multiply-adds of one thread, some 20 us: below, sharing out does not pay
+_FETCHED = 1.7  # vector multiply-adds in the time in which the code and value of one arrive from the second-level cache
+_MOVED = 2.0  # and in the time of packing or transposing a vector of x
+_WORTH = 0.97  # what ranges of rows must promise, of the time of ranges of columns, to be compiled
+_DENSE_CODE = 1.0  # times L1: unrolled code of a layer without zeros that is smaller stays in the cache
+_DENSE_FORM = {True: 0.93, False: 0.65}  # density from which on the dense form is faster, by embedded broadcasts
+
+
+def dense_reason(task: Task, target: Target) -> str:
+    """Why the looped form of dense products computes ``task``, or an empty string.
+
+    Only where no element is zero: with others its results differ from those of a sparse product, by 0 * inf.
+    """
+    pattern = task.pattern
+    if pattern.nnz < pattern.rows * pattern.cols or code_bytes(task, target) < _DENSE_CODE * target.l1i:
+        return ""
+    return "no weight is zero, so the looped form multiplies all of them with code that every dense layer shares"
 
 
 def code_bytes(task: Task, target: Target) -> float:
@@ -98,6 +117,8 @@ def reason(task: Task, target: Target, schedule: Schedule) -> str:
         words.append("x is read in place: packing would cost more than it saves")
     if schedule.k_segment:
         words.append(f"K is cut into segments of {schedule.k_segment}, whose part of x fits the second-level cache")
+    if _DENSE_FORM[target.embedded_broadcast] <= pattern.density < 1 and task.layout != "tile_major":
+        words.append("form='dense' would be faster, but multiplies zeros too: 0 * inf is NaN")
     if schedule.order != "natural":
         words.append("rows that share columns are grouped, since loads of x bound so sparse a product")
     return "; ".join(words)
@@ -151,3 +172,37 @@ def few_columns_reason(task: Task, target: Target) -> str:
                 words.append(f"{span} by {how}")
             start = at
     return "; ".join(words)
+
+
+@dataclass(frozen=True)
+class Split:
+    """How a call is shared out: ``by`` ``"columns"`` or ``"rows"`` into so many ``parts``; one part is no split."""
+
+    by: str
+    parts: int
+
+    def __str__(self) -> str:
+        return f"in {self.parts} ranges of {self.by}" if self.parts > 1 else "on the caller alone"
+
+
+def split(task: Task, schedule: Schedule, target: Target, threads: int, tiles: int, by_rows: bool = True) -> Split:
+    """How to share out a call of ``tiles`` column tiles; by rows only if that is possible.
+
+    Ranges of columns share the code and need none of their own; there may be too few tiles to cut evenly, and every
+    thread fetches all of the code. Ranges of rows are as even as the nonzeros, but each thread moves all of x.
+    """
+    nnz, columns = task.pattern.nnz, task.pattern.cols
+    parts = min(threads, int(nnz * tiles / LEAST_SHARE), nnz)
+    if parts < 2:
+        return Split("", 1)
+    moves = columns * _MOVED * (task.layout == "transposed" or schedule.packing != "none")
+    fetched = _FETCHED * (code_bytes(task, target) > target.l1i)
+
+    def time(nnz: float, tiles: int) -> float:
+        passes = -(-tiles // tiles_per_group(task, schedule, target, tiles))
+        return nnz * max(tiles, fetched * passes) + moves * tiles
+
+    by_rows = by_rows and task.pattern.rows >= 8 * parts
+    if by_rows and (tiles < 2 or time(nnz / parts, tiles) < _WORTH * time(nnz, -(-tiles // parts))):
+        return Split("rows", parts)
+    return Split("columns", min(parts, tiles)) if tiles > 1 else Split("", 1)

@@ -14,7 +14,8 @@ LAYOUTS = ("row_major", "tile_major", "transposed")
 class Task:
     """``y = act(W @ x + b)``, with a residual added ``"before"`` or ``"after"`` the activation.
 
-    ``activation`` is a name of the activation table, with its parameters.
+    ``activation`` is a name of the activation table, with its parameters. ``height`` is how many rows y has where these
+    are but some of them, else 0.
     """
 
     pattern: Pattern
@@ -23,3 +24,4 @@ class Task:
     parameters: tuple[float, ...] = ()
     residual: str | None = None
     layout: str = "row_major"
+    height: int = 0

@@ -15,10 +15,8 @@ from .encoder import Ints, Value
 from .registers import FAR, GPR
 from .stream import TEMP, Stream
 
-_UNIT = np.array([
-    0 if "m" not in op.form else {"bcast": 4, "prefetch": 8, "load_mask": 1, "store_mask": 1}.get(op.name, 16)
-    for op in OPS
-])  # fmt: skip
+_UNITS = {"bcast": 4, "prefetch": 8, "load_mask": 1, "store_mask": 1} | {op.name: 1 for op in OPS if op.scalar}
+_UNIT = np.array([_UNITS.get(op.name, 16) if "m" in op.form else 0 for op in OPS])
 """Bytes that an offset of each operation's instruction counts in; 0: no memory operand."""
 _WRITES = np.array([op.scalar and "d" in op.form for op in OPS])
 _MULTIPLES = {S.X: {1: S.PX, 3: S.PX3, 5: S.PX5, 7: S.PX7}, S.Y: {1: S.PY}}
@@ -33,7 +31,7 @@ class Addresses:
         op = c["op"]
         self._base, self._offset = np.zeros(op.size, np.int64), c["disp"].copy()
         memory = np.flatnonzero(_UNIT[op])
-        self._joints = np.flatnonzero((op == OP["label"]) | (op == OP["call"]))
+        self._joints = np.flatnonzero((op == OP["label"]) | (op == OP["call"]) | (op == OP["invoke"]))
         self._writes = np.flatnonzero(_WRITES[op])
         for number in np.unique(c["ptr"][memory]).tolist():
             self._pointer(S(number), memory[c["ptr"][memory] == number])

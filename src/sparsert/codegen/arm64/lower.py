@@ -72,6 +72,15 @@ RECIPES: dict[str, str | dict[str, str]] = {
     "enter": "; ".join([f"bti; stp_pre x29 x30 sp {-_FRAME}; add_imm x29 sp 0",
                         *(pair.replace("st", "stp", 1) for pair in _PAIRS)]),
     "leave": "; ".join([*(pair.replace("st", "ldp", 1) for pair in _PAIRS), f"ldp_post x29 x30 sp {_FRAME}; ret"]),
+    "s_load": "LEA; ldar d x17", "s_store": "LEA; stlr a x17",
+    "s_exchange": f"LEA; ldaxr {_M0} x17; stlxr {_M1} d x17; cbnz {_M1} -8; mov d {_M0}",
+    "s_fetch_add": f"LEA; ldaxr {_M0} x17; add {_M0} {_M0} d 0; stlxr {_M1} {_M0} x17; cbnz {_M1} -12; sub d {_M0} d 0",
+    "s_replace": f"LEA; ldaxr {_M0} x17; cmp {_M0} d; b_ne 12; stlxr {_M1} b x17; cbnz {_M1} -16; mov d {_M0}",
+    "s_pause": "yield", "jump_equal": "cmp a b; b_eq to", "jump_differs": "cmp a b; b_ne to",
+    "jump_less": "cmp a b; b_lt to",
+    # The five that survive go to the stack; of ARGUMENTS, four are not where functions want them.
+    "invoke": "mov x16 a; stp_pre x6 x7 sp -48; stp x8 x9 sp 16; str x11 sp 32; mov x1 x13; mov x5 x4; mov x4 x12; "
+              "blr x16; ldr x11 sp 32; ldp x8 x9 sp 16; ldp_post x6 x7 sp 48",
 }  # fmt: skip
 """All but the operations that take a weight straight from memory, which no instruction here does."""
 

@@ -127,9 +127,17 @@ SYNTAX = {
     "cbz": (0xB4000000, "cbz <Xd>, <to19>"),
     "cbnz": (0xB5000000, "cbnz <Xd>, <to19>"),
     "tbz": (0x36000000, "tbz <Xd>, #<bit>, <to14>"),
+    "b_lt": (0x5400000B, "b.lt <to19>"),
+    "blr": (0xD63F0000, "blr <Xn>"),
     "ret": (0xD65F03C0, "ret"),
     "bti": (0xD503245F, "bti c"),
     "nop": (0xD503201F, "nop"),
+    # threads
+    "ldar": (0xC8DFFC00, "ldar <Xd>, [<Pn>]"),
+    "stlr": (0xC89FFC00, "stlr <Xd>, [<Pn>]"),
+    "ldaxr": (0xC85FFC00, "ldaxr <Xd>, [<Pn>]"),
+    "stlxr": (0xC800FC00, "stlxr <Wm>, <Xd>, [<Pn>]"),
+    "yield": (0xD503203F, "yield"),
 }  # fmt: skip
 
 

@@ -24,7 +24,7 @@ Ints = NDArray[np.int64]
 Field = int | NDArray[np.integer]  # one value for the whole batch, or one per instruction
 
 _ROWS = tuple(ROWS[name] for name in NAMES)
-_MANDATORY = (0, 0x66, 0xF3, 0xF2)
+_MANDATORY = (0, 0x66, 0xF3, 0xF2, 0xF0)
 _NUMBERS = np.arange(32)
 # What a register number adds to the first six bytes of an EVEX instruction: ModRM.reg with R and R', vvvv with V'.
 _EVEX_REG = (_NUMBERS & 7) << 43 | (~_NUMBERS & 8) << 12 | (~_NUMBERS & 16) << 8

@@ -47,11 +47,17 @@ _SCALAR = {
     "label": "LABEL imm", "align": "ALIGN imm", "jump": "jmp imm", "jump_zero": "test reg=a rm=a; jz imm",
     "loop": "dec rm=a; jnz imm", "call": "call imm", "ret": "ret",
     "enter": "endbr64 rm=2; push rm=5; mov reg=5 rm=4; " + "; ".join(f"push rm={r}" for r in CALLEE_SAVED),
-    "s_load": "mov reg=d mem", "s_load32": "mov32 reg=d mem", "s_store32": "mov32_st reg=a mem",
+    "s_load32": "mov32 reg=d mem", "s_store32": "mov32_st reg=a mem",
     "s_at8": "movzx8 reg=15 mem; shl rm=15 imm=b; lea reg=d base=a index=15 scale=0",
     "s_at16": "movzx16 reg=15 mem; shl rm=15 imm=b; lea reg=d base=a index=15 scale=0",
     "s_at32": "mov32 reg=15 mem; shl rm=15 imm=b; lea reg=d base=a index=15 scale=0",
     "leave": "; ".join(f"pop rm={r}" for r in reversed(CALLEE_SAVED)) + "; pop rm=5; vzeroupper; ret",
+    "s_load": "mov reg=d mem", "s_store": "mov_st reg=a mem", "s_exchange": "xchg reg=d mem",
+    "s_replace": "mov reg=0 rm=d; cmpxchg reg=b mem; mov reg=d rm=0",
+    "s_fetch_add": "xadd reg=d mem", "s_pause": "pause", "jump_equal": "cmp reg=a rm=b; jz imm",
+    "jump_differs": "cmp reg=a rm=b; jnz imm", "jump_less": "cmp reg=a rm=b; jl imm",
+    # Behind ``enter`` the stack is eight bytes off the sixteen that functions want.
+    "invoke": "add_imm8 rm=4 imm=-8; call_at rm=a; add_imm8 rm=4 imm=8",
 }  # fmt: skip
 RECIPES = {
     EVEX512: _COMMON | _SCALAR | {
@@ -92,7 +98,9 @@ _MODIFIES = np.array(
 )
 _GPR_OF = np.array([GPR[s] for s in S], np.int8)
 _MEMORY, _WRITES = 1, 2
-_KIND = np.array([_MEMORY * ("m" in op.form) | _WRITES * (op.scalar and "d" in op.form) for op in OPS], np.uint8)
+_KIND = np.array(
+    [_MEMORY * ("m" in op.form) + _WRITES * (op.scalar and "d" in op.form) for op in OPS], np.uint8
+)  # both, where a scalar is loaded
 
 _VEX_ONLY = ("vzeroupper", "kmovw")
 
@@ -215,7 +223,7 @@ class _Addressing:
         self._products: list[tuple[Ints, S, Ints]] = []
         self._indexed = np.zeros(len(program), np.int8)
         kind = _KIND.take(op)
-        memory = (kind & _MEMORY) != 0
+        memory = kind & _MEMORY != 0
         writes = np.flatnonzero(kind & _WRITES)
         labels = np.flatnonzero(op == OP["label"])
         for number in sorted({*_WINDOWED, *np.unique(ptr[c["step"] != 0]).tolist()}):

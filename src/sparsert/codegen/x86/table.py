@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import IntEnum
 
-P00, P66, PF3 = 0, 1, 2
+P00, P66, PF3, PLOCK = 0, 1, 2, 4  # 3 is F2; lock goes with legacy instructions only
 M1, M0F, M0F38, M0F3A = 0, 1, 2, 3  # one-byte opcodes (legacy only), then the escape maps
 
 
@@ -124,6 +124,13 @@ ROWS: dict[str, Row] = {
     "shl":            Row(P00, M1,    0xC1, 1, _N, "mg i", "L", digit=4, imm=1),
     "prefetcht0":     Row(P00, M0F,   0x18, 0, _N, "mq", "L", digit=1),
     "endbr64":        Row(PF3, M0F,   0x1E, 0, _N, "", "L", digit=7),  # encoded with rm = edx: F3 0F 1E FA
+    # threads
+    "xchg":           Row(P00, M1,    0x87, 1, _N, "mq rg", "L"),  # locks by itself
+    "xadd":           Row(PLOCK, M0F, 0xC1, 1, _N, "mq rg", "L", mnemonic="lock xadd"),
+    "cmpxchg":        Row(PLOCK, M0F, 0xB1, 1, _N, "mq rg", "L", mnemonic="lock cmpxchg"),
+    "pause":          Row(PF3, M1,    0x90, 0, _N, "", "L"),
+    "jl":             Row(P00, M0F,   0x8C, 0, _N, "b", "L", imm=4),
+    "call_at":        Row(P00, M1,    0xFF, 0, _N, "mg", "L", digit=2, mnemonic="call"),
 }  # fmt: skip
 
 NAMES = tuple(ROWS)

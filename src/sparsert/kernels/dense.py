@@ -1,0 +1,525 @@
+"""The looped form: C = act(A @ B + bias), dense, with run-time extents, as one native call.
+
+One code object per epilogue serves every shape (design note 0015): for each number of rows of C that a block may have
+there is a micro-kernel, which keeps the block's rows by two vectors of columns in registers. Loops around it:
+
+    for matrix of the batch:
+        for block of K:                  # C carries the sums; panels of B stay in the second-level cache
+    XX
+Elements of A are broadcast, B is loaded by vectors. Every output sums its products by rising k into one running sum,
+which begins with the bias, or else with its first product: blocks change no bit. Sums of more than
+:data:`~.plan.FOLD_TAPS` products are formed in pieces, as in the sparse form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ..codegen.registers import Operand, Recorder, Template, assign
+from ..codegen.vector import Builder, Program, Row, S, check, row
+from ..target import Target
+from . import epilogue
+from .activations import ACTIVATIONS
+from .dense_arguments import Form, Slot
+from .layout import transpose4
+
+UNROLL = 4
+"""Steps of k in one turn of the inner loop."""
+VECTORS = 2
+"""Vectors of a panel of columns."""
+_NEGATIVE_ZERO = 0x80000000  # a sum that starts with it has the bits of its first product, the sign of zeros too
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """The program of a form; ``rows`` is the most rows of a block."""
+
+    program: Program
+    rows: int
+
+
+def generate(form: Form, target: Target) -> Kernel:
+    """The vector program of ``form``: a few thousand rows, the same for every shape."""
+    b = Builder()
+    program = _Program(form, target, b)
+    program.emit()
+    finished = b.finish()
+    check(finished)
+    return Kernel(finished, program.rows)
+
+
+def most_rows(form: Form, target: Target) -> int:
+    """Rows of the largest block: accumulators beside two vectors of B, a broadcast element, a mask and the epilogue."""
+    code = _activation(form, target, Builder())
+    return (target.registers - max(4, code.registers if code else 0) - target.scratch) // VECTORS
+
+
+def _activation(form: Form, target: Target, b: Builder) -> Template | None:
+    if form.activation is None:
+        return None
+    v = Recorder()
+    value: Operand = ACTIVATIONS[form.activation].function(v, v.input(), *form.parameters)
+    return assign(v, value, b, 4, target.addend_only)
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """A micro-kernel: rows, vectors, whether the last one is masked, and whether B is packed on the way."""
+
+    rows: int
+    vectors: int
+    masked: bool
+    packs: bool
+
+    def accumulator(self, i: int, j: int) -> int:
+        return i * self.vectors + j
+
+    def __str__(self) -> str:
+        return f"{self.rows} rows x {self.vectors} vectors{', masked' * self.masked}{', packs B' * self.packs}"
+
+
+_PANELS = ((VECTORS, False), *((v, True) for v in range(1, VECTORS + 1)))
+"""Vectors and mask: whole panels, then the possible last ones."""
+
+
+class _Program:
+    def __init__(self, form: Form, target: Target, b: Builder) -> None:
+        self.form, self.target, self.b = form, target, b
+        self.tile = target.tile_bytes
+        self.activation = _activation(form, target, b)
+        self.rows = most_rows(form, target)
+        self.source = VECTORS * self.rows  # vectors of B behind the accumulators, then the element of A
+        self.element = self.source + VECTORS
+        self.finish = {v: b.label(f"activation of {self.rows}x{v}") for v in range(1, VECTORS + 1)}
+        self.packs_first = form.b == "transposed"
+        self.choose: dict[tuple[int, bool, bool], int] = {}
+
+    # ---- short words for rows of the program -----------------------------------------------------------------------
+    def get(self, register: S, slot: Slot) -> None:
+        self.b.emit("s_arg", d=register, disp=slot.byte)
+
+    def put(self, register: S, slot: Slot) -> None:
+        self.b.emit("s_put", a=register, disp=slot.byte)
+
+    def copy(self, *pairs: tuple[Slot, Slot]) -> None:
+        """Slots from slots."""
+        for to, source in pairs:
+            self.get(S.TMP, source)
+            self.put(S.TMP, to)
+
+    def advance(self, *pairs: tuple[Slot, Slot]) -> None:
+        for variable, step in pairs:
+            self.get(S.TMP, variable)
+            self.b.emit("s_add_arg", d=S.TMP, disp=step.byte)
+            self.put(S.TMP, variable)
+
+    def unless(self, slot: Slot, label: int) -> None:
+        """To ``label`` if the slot holds 0."""
+        self.get(S.TMP, slot)
+        self.b.emit("jump_zero", a=S.TMP, disp=label)
+
+    def repeat(self, slot: Slot, label: int) -> None:
+        """Count down; to ``label`` until 0 is reached."""
+        self.get(S.T, slot)
+        self.b.emit("s_addi", d=S.T, disp=-1)
+        self.put(S.T, slot)
+        out = self.b.label()
+        self.b.emit("jump_zero", a=S.T, disp=out)
+        self.b.emit("jump", disp=label)
+        self.b.place(out)
+
+    # ---- loops -----------------------------------------------------------------------------------------------------
+    def emit(self) -> None:
+        b = self.b
+        kinds = [(*panel, packs) for panel in _PANELS for packs in (False, True) if not (packs and self.packs_first)]
+        self.choose = {kind: b.label() for kind in kinds}
+        pack = {v: b.label("pack transposed B") for v in range(1, VECTORS + 1)}
+        b.emit("enter")
+        self.copy(*((getattr(Slot, f"{name}_MATRIX"), Slot[name]) for name in "ABCR"), (Slot.MATRICES_LEFT, Slot.BATCH))
+        matrix = b.label("matrix of the batch")
+        b.place(matrix)
+        self._matrix(pack)
+        self.advance(*((Slot[f"{name}_MATRIX"], Slot[f"{name}_BATCH"]) for name in "ABCR"))
+        self.repeat(Slot.MATRICES_LEFT, matrix)
+        b.emit("leave")
+        if self.packs_first:
+            for vectors, label in pack.items():
+                b.place(label)
+                self._pack_transposed(vectors)
+                b.emit("ret")
+        else:
+            for label in pack.values():
+                b.place(label)
+        for kind, label in self.choose.items():
+            kernels = [(b.label(str(shape)), shape) for shape in
+                       (_Shape(rows, *kind) for rows in range(self.rows, 0, -1))]  # fmt: skip
+            b.place(label)
+            for at, (kernel, _) in enumerate(kernels):
+                if at:
+                    b.emit("s_addi", d=S.TMP, disp=-1)
+                b.emit("jump_zero", a=S.TMP, disp=kernel)
+            b.emit("ret")  # no block has no rows
+            for kernel, shape in kernels:
+                b.emit("align", disp=16)
+                b.place(kernel)
+                self._kernel(shape)
+                b.emit("ret")
+        for vectors, label in self.finish.items():
+            b.place(label)
+            if self.activation is not None:
+                epilogue.apply(b, self.activation, self.rows * vectors, {})
+            b.emit("ret")
+
+    def _matrix(self, pack: dict[int, int]) -> None:
+        """All blocks of K of one matrix."""
+        b = self.b
+        self.copy((Slot.A_BLOCK, Slot.A_MATRIX), (Slot.B_BLOCK, Slot.B_MATRIX), (Slot.START, Slot.ZERO),
+                  (Slot.FINAL, Slot.ZERO), (Slot.K_LEFT, Slot.K_BLOCKS), (Slot.NOW_TURNS, Slot.TURNS),
+                  (Slot.NOW_REST, Slot.REST), (Slot.NOW_GROUPS, Slot.K_GROUPS), (Slot.NOW_K_TAIL, Slot.K_TAIL),
+                  (Slot.NOW_K_MASK, Slot.K_MASK))  # fmt: skip
+        block, last, panels = b.label("block of K"), b.label("last block of K"), b.label()
+        b.place(block)
+        self.unless(Slot.K_LEFT, last)
+        self.get(S.T, Slot.K_LEFT)
+        b.emit("s_addi", d=S.T, disp=-1)
+        self.put(S.T, Slot.K_LEFT)
+        b.emit("jump", disp=panels)
+        b.place(last)
+        self.copy((Slot.FINAL, Slot.ONE), (Slot.NOW_TURNS, Slot.LAST_TURNS), (Slot.NOW_REST, Slot.LAST_REST),
+                  (Slot.NOW_GROUPS, Slot.LAST_K_GROUPS), (Slot.NOW_K_TAIL, Slot.LAST_K_TAIL),
+                  (Slot.NOW_K_MASK, Slot.LAST_K_MASK))  # fmt: skip
+        b.place(panels)
+        self._panels(pack)
+        self.advance((Slot.A_BLOCK, Slot.A_K), (Slot.B_BLOCK, Slot.B_K))
+        self.copy((Slot.START, Slot.NEXT))
+        self.unless(Slot.FINAL, block)
+
+    def _panels(self, pack: dict[int, int]) -> None:
+        """All panels of columns, for one block of K: groups of whole ones, then the last one if it is narrower."""
+        b = self.b
+        if self.form.a == "rows":
+            self._copy_a()
+        here = ("B_HERE", "C_HERE", "R_HERE", "BIAS_HERE")
+        start = (Slot.B_BLOCK, Slot.C_MATRIX, Slot.R_MATRIX, Slot.BIAS)
+        self.copy(*zip((Slot[name] for name in here), start, strict=True), (Slot.GROUPS_LEFT, Slot.GROUPS),
+                  (Slot.IN_TAIL, Slot.ZERO))  # fmt: skip
+        tail, group, whole, end = b.label("last panel"), b.label("group of panels"), b.label(), b.label()
+        self.unless(Slot.GROUPS_LEFT, tail)
+        b.place(group)
+        self.copy((Slot.PANELS_NOW, Slot.GROUP))
+        self.get(S.T, Slot.GROUPS_LEFT)
+        b.emit("s_addi", d=S.T, disp=-1)
+        last = b.label()
+        b.emit("jump_zero", a=S.T, disp=last)
+        b.emit("jump", disp=whole)
+        b.place(last)
+        self.copy((Slot.PANELS_NOW, Slot.LAST_GROUP))
+        b.place(whole)
+        self._rows(VECTORS, False, Slot.PACK, pack)
+        self.advance(*((Slot[name], Slot[name.replace("HERE", "GROUP")]) for name in here))
+        self.repeat(Slot.GROUPS_LEFT, group)
+        b.place(tail)
+        self.copy(*zip((Slot[name] for name in here), start, strict=True), (Slot.PANELS_NOW, Slot.ONE_PANEL),
+                  (Slot.IN_TAIL, Slot.ONE_PANEL))  # fmt: skip
+        self.advance(*((Slot[name], Slot[name.replace("HERE", "TAIL")]) for name in here))
+        for vectors, masked in _PANELS[1:]:
+            other, taken = b.label(), b.label()
+            self.get(S.T, Slot.TAIL)
+            b.emit("s_addi", d=S.T, disp=-vectors)
+            b.emit("jump_zero", a=S.T, disp=taken)
+            b.emit("jump", disp=other)
+            b.place(taken)
+            self._rows(vectors, masked, Slot.PACK_TAIL, pack)
+            b.emit("jump", disp=end)
+            b.place(other)
+        b.place(end)
+
+    def _rows(self, vectors: int, masked: bool, packs: Slot, pack: dict[int, int]) -> None:
+        """All blocks of rows, for a group of panels of columns."""
+        b, width = self.b, vectors * self.tile
+        if self.packs_first:
+            again = b.label("pack a panel of B")
+            self.copy((Slot.B_NEXT, Slot.B_HERE), (Slot.PANEL_AT, Slot.PANEL), (Slot.PANELS_LEFT, Slot.PANELS_NOW))
+            b.place(again)
+            b.emit("call", disp=pack[vectors])
+            self.advance((Slot.B_NEXT, Slot.B_PANEL), (Slot.PANEL_AT, Slot.PANEL_STEP))
+            self.repeat(Slot.PANELS_LEFT, again)
+            self._packed(width)
+        else:
+            self.copy((Slot.B_NEXT, Slot.B_HERE), (Slot.B_STEP, Slot.B_PITCH),
+                      (Slot.B_ACROSS, Slot.B_PANEL), (Slot.PACKING, packs))  # fmt: skip
+        first = Slot.A_FROM if self.form.a == "rows" else Slot.A_BLOCK
+        self.copy((Slot.A_AT, first), (Slot.C_ROWS, Slot.C_HERE), (Slot.R_ROWS, Slot.R_HERE),
+                  (Slot.BIAS_ROWS, Slot.BIAS_HERE))  # fmt: skip
+        for size in ("LARGE", "SMALL"):
+            over, rows = b.label(), b.label(f"{size.lower()} blocks of rows")
+            self.unless(Slot[size], over)
+            self.copy((Slot.ROWS_LEFT, Slot[size]))
+            b.place(rows)
+            self.copy((Slot.B_AT, Slot.B_NEXT), (Slot.C_AT, Slot.C_ROWS), (Slot.R_AT, Slot.R_ROWS),
+                      (Slot.BIAS_AT, Slot.BIAS_ROWS), (Slot.PANELS_LEFT, Slot.PANELS_NOW))  # fmt: skip
+            plain, after = b.label(), b.label()
+            across = ((Slot.C_AT, Slot.C_PANEL), (Slot.R_AT, Slot.R_PANEL), (Slot.BIAS_AT, Slot.BIAS_PANEL))
+            if not self.packs_first:
+                again = b.label()
+                self.unless(Slot.PACKING, plain)
+                self.copy((Slot.PANEL_AT, Slot.PANEL))
+                b.place(again)
+                self.get(S.TMP, Slot[f"SKIP_{size}"])
+                b.emit("call", disp=self.choose[vectors, masked, True])
+                self.advance((Slot.B_AT, Slot.B_PANEL), (Slot.PANEL_AT, Slot.PANEL_STEP), *across)
+                self.repeat(Slot.PANELS_LEFT, again)
+                self.copy((Slot.PACKING, Slot.ZERO))
+                self._packed(width)
+                b.emit("jump", disp=after)
+            b.place(plain)
+            self.get(S.TMP, Slot[f"SKIP_{size}"])
+            b.emit("call", disp=self.choose[vectors, masked, False])
+            self.advance((Slot.B_AT, Slot.B_ACROSS), *across)
+            self.repeat(Slot.PANELS_LEFT, plain)
+            b.place(after)
+            self.advance((Slot.A_AT, Slot[f"A_{size}"]), *((Slot[f"{name}_ROWS"], Slot[f"{name}_{size}"])
+                                                           for name in ("C", "R", "BIAS")))  # fmt: skip
+            self.repeat(Slot.ROWS_LEFT, rows)
+            b.place(over)
+
+    def _packed(self, width: int) -> None:
+        """From now on B is read from its panels."""
+        self.copy((Slot.B_NEXT, Slot.PANEL), (Slot.B_ACROSS, Slot.PANEL_STEP))
+        self.b.emit("s_set", d=S.TMP, disp=width)
+        self.put(S.TMP, Slot.B_STEP)
+
+    def _copy_a(self) -> None:
+        """The rows of A to scratch, where its own pitch would put them all into the same few sets of a cache."""
+        b = self.b
+        done, line, turn, rest, next_line = (b.label(note) for note in ("", "copy A", "", "", ""))
+        self.copy((Slot.A_FROM, Slot.A_BLOCK))
+        self.unless(Slot.COPY_A, done)
+        self.copy((Slot.ROWS_LEFT, Slot.COPY_A), (Slot.A_FROM, Slot.A_COPY))
+        self.get(S.CONST, Slot.A_BLOCK)
+        self.get(S.PANEL, Slot.A_COPY)
+        self.get(S.TMP, Slot.NOW_K_MASK)
+        b.emit("set_mask", ptr=S.TMP)
+        b.place(line)
+        b.emit("s_mov", d=S.X, a=S.CONST)
+        b.emit("s_mov", d=S.Y, a=S.PANEL)
+        self.get(S.T, Slot.NOW_GROUPS)
+        b.emit("jump_zero", a=S.T, disp=rest)
+        b.place(turn)
+        b.emit("load", d=0, ptr=S.X)
+        b.emit("store", a=0, ptr=S.Y)
+        b.emit("s_addi", d=S.X, disp=self.tile)
+        b.emit("s_addi", d=S.Y, disp=self.tile)
+        b.emit("loop", a=S.T, disp=turn)
+        b.place(rest)
+        self.unless(Slot.NOW_K_TAIL, next_line)
+        b.emit("load_mask", d=0, ptr=S.X)
+        b.emit("store_mask", a=0, ptr=S.Y)
+        b.place(next_line)
+        b.emit("s_add_arg", d=S.CONST, disp=Slot.A_SOURCE.byte)
+        b.emit("s_add_arg", d=S.PANEL, disp=Slot.A_PITCH.byte)
+        self.repeat(Slot.ROWS_LEFT, line)
+        b.place(done)
+
+    # ---- the micro-kernel ------------------------------------------------------------------------------------------
+    def _kernel(self, shape: _Shape) -> None:
+        b = self.b
+        if shape.masked:
+            self._mask()
+        self._start(shape)
+        for register, slot in ((S.Y, Slot.A_AT), (S.PX, Slot.A_PITCH), (S.W, Slot.B_AT), (S.PY, Slot.B_STEP)):
+            self.get(register, slot)
+        if self.form.a == "rows":
+            for register, slot in ((S.PX3, Slot.A_PITCH3), (S.PX5, Slot.A_PITCH5), (S.PX7, Slot.A_PITCH7)):
+                self.get(register, slot)
+        else:
+            b.emit("s_mov", d=S.X, a=S.Y)
+        if shape.packs:
+            self.get(S.PANEL, Slot.PANEL_AT)
+        for steps, count in ((UNROLL, Slot.NOW_TURNS), (1, Slot.NOW_REST)):
+            over, turn = b.label(), b.label()
+            self.get(S.K, count)
+            b.emit("jump_zero", a=S.K, disp=over)
+            if steps > 1:
+                b.emit("align", disp=16)
+            b.place(turn)
+            b.emit_rows(tuple(self._steps(shape, steps)))
+            b.emit("loop", a=S.K, disp=turn)
+            b.place(over)
+        self._finish(shape)
+
+    def _steps(self, shape: _Shape, steps: int) -> Iterator[Row]:
+        """``steps`` of k: vectors of B, and for every row an element of A times each."""
+        rows = self.form.a == "rows"
+        if rows:
+            yield row("s_mov", d=S.X, a=S.Y)
+            yield row("s_addi", d=S.Y, disp=4 * steps)
+        for k in range(steps):
+            for j in range(shape.vectors):
+                masked = shape.packs and shape.masked and j == shape.vectors - 1
+                yield row("load_mask" if masked else "load", d=self.source + j, ptr=S.W, disp=j * self.tile)
+            if shape.packs:
+                for j in range(shape.vectors):
+                    yield row("store", a=self.source + j, ptr=S.PANEL, disp=(k * shape.vectors + j) * self.tile)
+            yield row("s_add", d=S.W, a=S.PY)
+            order = range(shape.rows)
+            for i in reversed(order) if rows and k % 2 else order:  # fewer moves of a base that reaches eight rows
+                where = {"step": i, "disp": 4 * k} if rows else {"disp": 4 * i}
+                yield row("bcast", d=self.element, ptr=S.X, **where)
+                for j in range(shape.vectors):
+                    yield row("fma_acc", d=shape.accumulator(i, j), a=self.source + j, b=self.element)
+            if not rows:
+                yield row("s_add", d=S.X, a=S.PX)
+        if shape.packs:
+            yield row("s_addi", d=S.PANEL, disp=steps * shape.vectors * self.tile)
+
+    def _mask(self) -> None:
+        self.get(S.TMP, Slot.MASK)
+        self.b.emit("set_mask", ptr=S.TMP)
+
+    def _each(self, shape: _Shape, address: Slot, pitch: Slot) -> Iterator[tuple[int, int, bool]]:
+        """Walk Y over the block's part of an array: accumulators, displacement, and whether it is masked."""
+        self.get(S.Y, address)
+        self.get(S.PY, pitch)
+        for i in range(shape.rows):
+            for j in range(shape.vectors):
+                yield shape.accumulator(i, j), j * self.tile, shape.masked and j == shape.vectors - 1
+            if i < shape.rows - 1:
+                self.b.emit("s_add", d=S.Y, a=S.PY)
+
+    def _start(self, shape: _Shape) -> None:
+        """The accumulators: the bias, the sums of the blocks of K before, or what gives the first product's bits."""
+        b, bias = self.b, self.form.bias
+        fresh, carried, go = b.label(), b.label(), b.label()
+        accumulators = [(shape.accumulator(i, j), i, j) for i in range(shape.rows) for j in range(shape.vectors)]
+        self.get(S.TMP, Slot.START)
+        b.emit("jump_zero", a=S.TMP, disp=fresh)
+        b.emit("s_addi", d=S.TMP, disp=-1)
+        b.emit("jump_zero", a=S.TMP, disp=carried)
+        if bias is not None:  # else 2 is 0
+            self._nothing(shape)
+            b.emit("jump", disp=go)
+        b.place(fresh)
+        if bias is None:
+            self._nothing(shape)
+        else:
+            self.get(S.Y, Slot.BIAS_AT)
+            for accumulator, i, j in accumulators:
+                if bias == "rows":
+                    b.emit("mov" if j else "bcast", d=accumulator, a=accumulator - j, ptr=S.Y, disp=0 if j else 4 * i)
+                elif i:
+                    b.emit("mov", d=accumulator, a=j)
+                else:
+                    masked = shape.masked and j == shape.vectors - 1
+                    b.emit("load_mask" if masked else "load", d=accumulator, ptr=S.Y, disp=j * self.tile)
+        b.emit("jump", disp=go)
+        b.place(carried)
+        for accumulator, disp, masked in self._each(shape, Slot.C_AT, Slot.C_PITCH):
+            b.emit("load_mask" if masked else "load", d=accumulator, ptr=S.Y, disp=disp)
+        b.place(go)
+
+    def _nothing(self, shape: _Shape) -> None:
+        b = self.b
+        b.emit("s_const", d=S.CONST)
+        b.emit("const", d=0, b=-1 - b.constant(_NEGATIVE_ZERO))
+        for accumulator in range(1, shape.rows * shape.vectors):
+            b.emit("mov", d=accumulator, a=0)
+
+    def _finish(self, shape: _Shape) -> None:
+        """Sums of pieces added up, the epilogue behind the last block of K, and the stores."""
+        b, form, other = self.b, self.form, self.element
+        whole, raw = b.label(), b.label()
+        if shape.masked:
+            self._mask()
+        self.get(S.TMP, Slot.START)
+        for _ in range(2):
+            b.emit("jump_zero", a=S.TMP, disp=whole)
+            b.emit("s_addi", d=S.TMP, disp=-1)
+        for accumulator, disp, masked in self._each(shape, Slot.C_AT, Slot.C_PITCH):
+            b.emit("load_mask" if masked else "load", d=other, ptr=S.Y, disp=disp)
+            b.emit("add", d=accumulator, a=accumulator, b=other)
+        b.place(whole)
+        self.unless(Slot.FINAL, raw)
+        if form.scale:
+            self.get(S.Y, Slot.BIAS_AT)
+            b.emit("bcast", d=other, ptr=S.Y)
+            for accumulator in range(shape.rows * shape.vectors):
+                b.emit("mul", d=accumulator, a=accumulator, b=other)
+        if form.residual == "before":
+            self._residual(shape)
+        if self.activation is not None:
+            for accumulator in range(shape.rows * shape.vectors, self.rows * shape.vectors):
+                b.emit("zero", d=accumulator)  # the activation is applied to all of them
+            b.emit("call", disp=self.finish[shape.vectors])
+            if shape.masked:
+                self._mask()
+        if form.residual == "after":
+            self._residual(shape)
+        b.place(raw)
+        for accumulator, disp, masked in self._each(shape, Slot.C_AT, Slot.C_PITCH):
+            b.emit("store_mask" if masked else "store", a=accumulator, ptr=S.Y, disp=disp)
+
+    def _residual(self, shape: _Shape) -> None:
+        for accumulator, disp, masked in self._each(shape, Slot.R_AT, Slot.R_PITCH):
+            self.b.emit("load_mask" if masked else "load", d=self.element, ptr=S.Y, disp=disp)
+            self.b.emit("add", d=accumulator, a=accumulator, b=self.element)
+
+    # ---- packing a transposed B ------------------------------------------------------------------------------------
+    def _pack_transposed(self, vectors: int) -> None:
+        """PANEL[k][n] = B[n][k]: vectors of k from four rows, 4x4 blocks transposed, quarters stored.
+
+        The last four rows of B overlap those before. Where the panel has fewer than four, elements in front of it
+        are written: the padding of the row before, which nothing reads, and 12 bytes in front of the first.
+        """
+        b = self.b
+        self.get(S.PX, Slot.B_PITCH)
+        for register, factor in ((S.PX3, 3), (S.PX5, 5), (S.PX7, 7)):
+            b.emit("s_muli", d=register, a=S.PX, disp=factor)
+        self.get(S.TMP, Slot.NOW_K_MASK)
+        b.emit("set_mask", ptr=S.TMP)
+        self.get(S.CONST, Slot.B_NEXT)  # the four rows of B,
+        self.get(S.PANEL, Slot.PANEL_AT)  # and their place in the panel
+        quad, last, end = b.label(), b.label(), b.label()
+        if vectors == VECTORS:  # a whole panel, or the last one
+            b.emit("s_set", d=S.K, disp=VECTORS * self.target.lanes // 4)
+            self.unless(Slot.IN_TAIL, quad)
+        self.get(S.K, Slot.QUADS)
+        b.emit("jump_zero", a=S.K, disp=last)
+        b.place(quad)
+        self._pack_quad(vectors)
+        for register, step in ((S.CONST, Slot.QUAD_PITCH), (S.PANEL, Slot.SIXTEEN)):
+            b.emit("s_add_arg", d=register, disp=step.byte)
+        b.emit("loop", a=S.K, disp=quad)
+        b.place(last)
+        self.unless(Slot.IN_TAIL, end)
+        self.unless(Slot.OVERLAP, end)
+        b.emit("s_add_arg", d=S.PANEL, disp=Slot.OVERLAP.byte)
+        b.emit("s_add_arg", d=S.CONST, disp=Slot.OVERLAP_PITCH.byte)
+        self._pack_quad(vectors)
+        b.place(end)
+
+    def _pack_quad(self, vectors: int) -> None:
+        """Four rows of B at CONST to four columns of the panel at PANEL."""
+        b, width = self.b, vectors * self.tile
+        turn, rest, end = b.label(), b.label(), b.label()
+        b.emit("s_mov", d=S.X, a=S.CONST)
+        b.emit("s_mov", d=S.Y, a=S.PANEL)
+        self.get(S.T, Slot.NOW_GROUPS)
+        b.emit("jump_zero", a=S.T, disp=rest)
+        for load in ("load", "load_mask"):
+            if load == "load":
+                b.place(turn)
+            else:
+                b.place(rest)
+                self.unless(Slot.NOW_K_TAIL, end)
+            for i in range(4):
+                b.emit(load, d=i, ptr=S.X, step=i)
+            transpose4(b)
+            for k in range(self.target.lanes):
+                b.emit("store4", a=k % 4, b=k // 4, ptr=S.Y, disp=k * width)
+            if load == "load":
+                b.emit("s_addi", d=S.X, disp=self.tile)
+                b.emit("s_addi", d=S.Y, disp=self.target.lanes * width)
+                b.emit("loop", a=S.T, disp=turn)
+        b.place(end)
