@@ -18,6 +18,7 @@ from .errors import CodeBudgetError, ExecutableMemoryError, ScheduleError, Shape
 from .kernels import activations, matmul, worker
 from .operators import tuned
 from .operators.arrays import Array, as_input
+from .operators.compact import CompactProduct, SmallProducts, looped_code_bytes
 from .operators.dense import DenseProduct
 from .operators.matmul import Compiled, CompiledLinear, CompiledMatmul, Product, Stats
 from .operators.native import Crew, NativeProduct
@@ -66,7 +67,8 @@ def compile_matmul(
             first. Results are the same to the last bit.
         layout: "row_major" (x (K, N)) or "tile_major" (x (T, K, tile), as layers inside a network exchange it).
         schedule: how to block the product, in the sparse form; None leaves it to the cost model.
-        max_code_bytes: refuse to generate more code than this.
+        max_code_bytes: generate no more code than this: where unrolled code would, the product loops over the pattern
+            as data, which is slower but takes a few kilobytes of code whatever the layer.
         form: "sparse" (unrolled over the nonzeros), "dense" (looped over all elements: one code for every shape, but
             where W has zeros they are factors too, and 0 * inf is NaN) or None: dense where nothing is zero and W is
             large enough for it. ``explain()`` says what was chosen, and where "dense" would be faster.
@@ -80,7 +82,7 @@ def compile_matmul(
     Raises:
         ShapeError, DTypeError, FormatError, ValueRangeError, UnsupportedError: what is wrong with an argument.
         TargetUnavailableError: this machine cannot execute ``target``. ScheduleError: ``schedule`` does not fit it.
-        CodeBudgetError: the code would exceed ``max_code_bytes``.
+        CodeBudgetError: even looped code would exceed ``max_code_bytes``, or that of the given ``schedule`` would.
         ExecutableMemoryError: the system's policy forbids generated code.
     """
     if not isinstance(layout, str) or layout not in LAYOUTS[:2]:
@@ -193,7 +195,15 @@ def _compile(
     if dense_reason and request.target.isa != "reference":
         task = replace(task, layout="transposed" if kind is CompiledLinear else task.layout)
         return kind(_build_dense(task, matrix.values, b, request, dense_reason, started), b)
-    return kind(build(task, matrix.values, b, request, started), b)
+    try:
+        compiled = build(task, matrix.values, b, request, started)
+    except CodeBudgetError:
+        if schedule is not None or form is not None or not request.target.loops:
+            raise
+        return kind(_build_looped(task, matrix.values, b, request, started), b)
+    if isinstance(compiled.product, NativeProduct):
+        compiled = replace(compiled, small=SmallProducts(task, request.target, compiled.product.current))
+    return kind(compiled, b)
 
 
 class Request(NamedTuple):
@@ -266,6 +276,24 @@ def _build_dense(
     return Compiled(
         task, request.target, product, stats, product.schedule, reason, request.threads, product.listing, note
     )
+
+
+def _build_looped(task: Task, values: Array, bias: Array | None, request: Request, started: float) -> Compiled:
+    """Where unrolled code would exceed the budget."""
+    target = request.target
+    if (needed := looped_code_bytes(task, target)) > request.budget:
+        raise CodeBudgetError(
+            f"even a loop over the pattern takes {needed} bytes of code, {request.budget} are permitted",
+            where="max_code_bytes",
+            hint="Raise the budget, or use target='reference'.",
+        )
+    product = CompactProduct(task, target, by_lookup=False)
+    product.load(values, bias)
+    reason = f"unrolled code would take more than the {request.budget} bytes that are permitted"
+    stats = _stats(task, started, product.code_bytes, 0, 1.0)
+    note = partial(_one_thread, "a loop over the pattern")
+    small = SmallProducts(task, target, lambda: (product.unpack(), bias))
+    return Compiled(task, target, product, stats, None, reason, request.threads, product.listing, note, small)
 
 
 def _stats(task: Task, started: float, code_bytes: int = 0, instructions: int = 0, reuse: float = 0.0) -> Stats:
@@ -432,7 +460,7 @@ def _hopeful(budget: int, nnz: int) -> int:
         raise CodeBudgetError(
             f"{nnz} nonzeros take at least {least} bytes of code, {budget} are permitted",
             where="max_code_bytes",
-            hint="Raise the budget, split or prune the layer further, or use target='reference'.",
+            hint="Raise the budget, leave schedule and form out, or use target='reference'.",
         )
     return budget
 

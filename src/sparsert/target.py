@@ -23,6 +23,7 @@ class Target:
         machine: what this code runs on, as the platform names it.
         needs: CPU features (as CPUID or the system names them) without which the code faults.
         masks: mask registers that loads of the accumulate loop may use.
+        loops: its lowering has what kernels need that loop over a pattern as data (note 0014).
         l1i, l1d, l2: bytes of cache per core.
         fmas, loads, broadcasts: what a core starts in a cycle: vector multiply-adds, loads of a whole vector, loads of
             one float that is then broadcast (in the multiply-add, or by an instruction of its own).
@@ -40,6 +41,7 @@ class Target:
     scratch: int = 0
     machine: str = "x86-64"
     masks: int = 0
+    loops: bool = False
     l1i: int = 32 << 10
     l1d: int = 32 << 10
     l2: int = 1 << 20
@@ -62,8 +64,17 @@ class Target:
 TARGETS = {
     t.name: t
     for t in (
-        Target("x86-avx512", "x86-avx512", 16, 32, True, ("avx512f", "avx512bw", "avx512dq", "avx512vl"), masks=5),
-        Target("x86-avx2", "x86-avx2", 8, 16, False, ("avx2", "fma"), fmas=2.0, loads=2.0, fma_bytes=17.0),
+        Target(
+            "x86-avx512",
+            "x86-avx512",
+            16,
+            32,
+            True,
+            ("avx512f", "avx512bw", "avx512dq", "avx512vl"),
+            masks=5,
+            loops=True,
+        ),
+        Target("x86-avx2", "x86-avx2", 8, 16, False, ("avx2", "fma"), fmas=2.0, loads=2.0, fma_bytes=17.0, loops=True),
         Target(
             "aarch64-neon",
             "aarch64-neon",

@@ -24,7 +24,7 @@ from fuzz.guard import Buffers, guarded
 from oracle import ACTIVATIONS as KNOWN
 from oracle import complaint, expected, same_bits
 from sparsert import Clip, Schedule
-from sparsert.errors import ScheduleError
+from sparsert.errors import CodeBudgetError, ScheduleError
 from sparsert.runtime.host import host_report
 from sparsert.schedule import cost
 from sparsert.sparsity.pattern import SparseMatrix, from_csr
@@ -132,6 +132,11 @@ def compiled(case: Case, layout: str, matrix: SparseMatrix, bias: Array | None, 
     op = build(matrix, bias, activation, form="sparse", **options)
     if not isinstance(op.schedule, Schedule) or rng.random() < 0.3:
         return op
+    if rng.random() < 0.2:  # looped over the pattern, if that code is shorter
+        try:
+            return build(matrix, bias, activation, max_code_bytes=op.stats.code_bytes - 1, **options)
+        except CodeBudgetError:
+            return op
     schedule = schedule_of(rng, op.schedule.rows, matrix.shape[1])
     try:
         return build(matrix, bias, activation, schedule=schedule, **options)

@@ -24,7 +24,8 @@ LEGAL = {"L": (LEGACY,), "V": (VEX128, VEX256), "E": EVEX}
 RSP = 4
 NOT_IN_128_BITS = ("vinsertf32x4", "vextractf32x4", "vpermpd_imm", "vshuff64x2")
 BRANCHES = tuple(name for name, row in ROWS.items() if row.operands == "b")
-REGISTERS_ONLY = ("vpslld_vex", "vpmovd2m")  # sources the architecture does not read from memory
+REGISTERS_ONLY = ("vpslld_vex", "vpmovd2m", "kmovw")  # sources the architecture does not read from memory
+LEGACY_SIZES = {"me": "dword", "mw": "word", "my": "byte"}
 FIXED_RM = {"endbr64": 2, "xgetbv": 0}  # opcodes that look like an operand
 
 
@@ -107,6 +108,8 @@ def draw(name: str, enc: int, operand: str, n: int, rng: np.random.Generator) ->
         c["imm"] = rng.choice(np.concatenate([edges, rng.integers(-wide, wide, 8)]), n)
         if "L" not in row.encodings:  # only general instructions extend the sign
             c["imm"] &= 0xFF
+    if name == "shl":
+        c["imm"] = rng.choice(np.delete(np.arange(64), 1), n)  # by 1 has a form of its own
     if "s" in row.operands:
         c["imm"] = rng.integers(0, 16, n)
     if name in ("vinsertf32x4", "vextractf32x4"):
@@ -140,7 +143,7 @@ def operands_of(name: str, enc: int) -> list[str]:
     if "m" not in row.operands:
         return ["opcode" if "o" in row.operands else "none"]
     rm = next(o for o in row.operands.split() if o[0] == "m")
-    kinds = [] if rm == "mq" else ["register"]
+    kinds = [] if rm in ("mq", "mw", "my") else ["register"]
     if name not in REGISTERS_ONLY:
         kinds += ["memory"] + ([] if row.imm else ["rip"])  # no RIP operand has an immediate (encoder._resolve)
         kinds += ["broadcast"] if enc in EVEX and row.tuple == Tuple.FULL else []
@@ -180,7 +183,12 @@ def source_line(c: Instructions, i: int) -> str:
     if operands == "b" and name != "call":
         forced += "{disp32} "
     text = instruction_text(name, f["enc"], f, bool(f["bcast"]))
-    return forced + (text.replace("[rip", "qword ptr [rip") if f["enc"] == LEGACY and name != "prefetcht1" else text)
+    size = next((LEGACY_SIZES[kind] for kind in ("me", "mw", "my") if kind in operands), "qword")
+    return forced + (
+        text.replace("[rip", f"{size} ptr [rip")
+        if f["enc"] == LEGACY and name not in ("prefetcht0", "prefetcht1")
+        else text
+    )
 
 
 def has_shorter_form(c: Instructions, i: int) -> bool:
@@ -193,6 +201,7 @@ def has_shorter_form(c: Instructions, i: int) -> bool:
     return (
         (name == "add_imm" and (one_byte or rm == 0))
         or (name == "imul_imm" and one_byte)
+        or (name == "shl" and imm == 1)
         or (name in ("vunpcklpd", "vunpckhpd") and c["enc"][i] in (VEX128, VEX256))
     )
 

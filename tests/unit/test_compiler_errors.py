@@ -212,7 +212,13 @@ def test_code_budget(target: str, rng: np.random.Generator) -> None:
     for compile_ in (sparsert.compile_matmul, sparsert.compile_linear):
         needed = compile_(weight, target=target).stats.code_bytes
         assert compile_(weight, target=target, max_code_bytes=needed).stats.code_bytes == needed
-        for budget in (needed - 1, 1000, 0):
+        looped = compile_(weight, target=target, max_code_bytes=needed - 1)
+        assert 1000 < looped.stats.code_bytes < needed
+        assert looped.schedule is None
+        given = Schedule(rows=4)
+        with pytest.raises(CodeBudgetError, match="1000 are permitted"):
+            compile_(weight, target=target, max_code_bytes=1000, schedule=given)
+        for budget in (1000, 0):
             with pytest.raises(CodeBudgetError, match=f"{budget} are permitted") as caught:
                 compile_(weight, target=target, max_code_bytes=budget)
             assert caught.value.where == "max_code_bytes"

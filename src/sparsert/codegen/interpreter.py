@@ -121,8 +121,9 @@ LANES: dict[str, Callable[[Lanes, Lanes, Lanes], Lanes]] = {
     "zip2_lo": lambda d, a, b: _zip(a, b, 0, 2),  # a0 a1 b0 b1
     "zip2_hi": lambda d, a, b: _zip(a, b, 1, 2),  # a2 a3 b2 b3
     "evens": lambda d, a, b: np.concatenate([a[::2], b[::2]]),
+    "lookup2": lambda d, a, b: np.concatenate([a, b])[_bits(d) % (2 * d.size)],  # d's low bits say which lane
 }
-_READS_D = ("fma_acc", "fma_mul", "fnma_acc", "fnma_mul", "select_neg")
+_READS_D = ("fma_acc", "fma_mul", "fnma_acc", "fnma_mul", "select_neg", "lookup2")
 
 
 class Machine:
@@ -251,6 +252,52 @@ def _set_mask(m: Machine, r: Row) -> None:
     m.mask = _bits(m.read(r, m.lanes)) >> 31 != 0
 
 
+def _load_bytes(m: Machine, r: Row) -> None:
+    raw = m.bytes(m.address(r), m.lanes).view(np.int8)
+    m.vector[r.d] = raw.astype(np.int32).view(np.float32)
+
+
+def _sign_mask(m: Machine, r: Row) -> None:
+    m.mask = _bits(m.lane(r.a)) >> 31 != 0
+
+
+def _selected(m: Machine) -> NDArray[np.bool_]:
+    if m.mask is None:
+        raise m.fail("a mask is used before it is set")
+    return m.mask
+
+
+def _expand(m: Machine, r: Row) -> None:
+    mask = _selected(m)
+    d = np.zeros(m.lanes, np.float32)
+    d[mask] = m.read(r, int(mask.sum()))
+    m.vector[r.d] = d
+
+
+def _fma_mask(m: Machine, r: Row) -> None:
+    d = m.lane(r.d)
+    m.vector[r.d] = np.where(_selected(m), fused(m.lane(r.a), m.lane(r.b), d), d)
+
+
+def _unsigned(m: Machine, r: Row, size: int) -> int:
+    return int.from_bytes(m.bytes(m.address(r), size).tobytes(), "little")
+
+
+def _store32(m: Machine, r: Row) -> None:
+    m.bytes(m.address(r), 4)[:] = np.frombuffer((m.get(r.a) & 0xFFFFFFFF).to_bytes(4, "little"), np.uint8)
+
+
+def _at(m: Machine, r: Row, size: int) -> None:
+    m.put(r.d, m.get(r.a) + (_unsigned(m, r, size) << r.b))
+    if r.d != S.TMP:
+        m.scalar.pop(S.TMP, None)
+
+
+def _skip(m: Machine, r: Row) -> None:
+    m.put(r.d, m.get(r.d) + 4 * int(_selected(m).sum()))
+    m.scalar.pop(S.TMP, None)
+
+
 def _loop(m: Machine, r: Row) -> None:
     m.put(r.a, m.get(r.a) - 1)
     if m.get(r.a):
@@ -367,7 +414,12 @@ EFFECTS: dict[str, Callable[[Machine, Row], None]] = {
     "store_mask": _store_mask,
     "mask_from": _mask_from,  # one of several masks, d, from the sign bits of a vector in memory
     "load_by_mask": _load_by_mask,  # zero where mask b is off
-    "prefetch": _prefetch,
+    "prefetch": _prefetch,  # into the second-level cache
+    "prefetch_near": _prefetch,  # into the first
+    "load_bytes": _load_bytes,  # as many bytes as there are lanes, sign-extended to integers
+    "sign_mask": _sign_mask,  # the sign bits of a register
+    "expand": _expand,  # consecutive floats to the lanes that the mask selects, zeros to the others
+    "fma_mask": _fma_mask,  # d + a * b where the mask selects, d elsewhere
     "s_arg": lambda m, r: m.put(r.d, _slot_value(m, r)),
     "s_put": _put_slot,
     "s_mov": lambda m, r: m.put(r.d, m.get(r.a)),
@@ -390,6 +442,12 @@ EFFECTS: dict[str, Callable[[Machine, Row], None]] = {
     "ret": _ret,
     "enter": _nothing,
     "leave": _leave,
+    "s_load32": lambda m, r: m.put(r.d, _unsigned(m, r, 4)),
+    "s_store32": _store32,
+    "s_at8": lambda m, r: _at(m, r, 1),  # a plus an unsigned byte in memory, shifted left by b; may use TMP
+    "s_at16": lambda m, r: _at(m, r, 2),
+    "s_at32": lambda m, r: _at(m, r, 4),
+    "s_skip": _skip,  # past as many floats as the mask selects lanes; may use TMP
     "s_load": lambda m, r: m.put(r.d, int(_word(m, r)[0])),
     "s_store": _s_store,
     "s_exchange": _s_exchange,  # the register and the word swap what they hold

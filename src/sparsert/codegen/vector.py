@@ -84,12 +84,16 @@ def _table() -> tuple[Op, ...]:
         "set_mask": "dm", "load_mask": "dm", "store_mask": "am", "prefetch": "m",
         "fma_lane": "dabi", "mul_lane": "dabi",
         "evens": "dab", "mask_from": "dm", "load_by_mask": "dmb",
+        "load_bytes": "dm", "sign_mask": "a", "expand": "dm", "lookup2": "dab", "fma_mask": "dab",
+        "prefetch_near": "m",
     }  # fmt: skip
     scalar = {
             "s_arg": "di", "s_put": "ai", "s_mov": "da", "s_add": "da", "s_sub": "da", "s_addi": "di", "s_set": "di",
             "s_muli": "dai", "s_add_arg": "di", "s_max_arg": "di", "s_min_arg": "di", "s_const": "d", "s_code": "di",
             "label": "i", "align": "i", "jump": "i", "jump_zero": "ai", "loop": "ai", "call": "i", "ret": "",
             "enter": "", "leave": "",
+            "s_load32": "dm", "s_store32": "am", "s_at8": "damb", "s_at16": "damb", "s_at32": "damb",
+            "s_skip": "d",
     }  # fmt: skip
     # What threads need to meet. Words of 64 bits: s_load acquires, s_store releases, the read-modify-writes do both
     # and lose the mask.

@@ -28,15 +28,12 @@ class ChannelsProduct(NativeProduct):
         program = depthwise.generate(task, general.window, target, rows, tail)
         code = assemble(program, target.isa)
         super().__init__(task, general.schedule, target, general.kernel, Executable(code.code))
-        self.general, self.rows = general, rows
+        self.general, self.rows, self.unit = general, rows, 1
 
     def bind_key(self, key: tuple[int, ...]) -> Binding:
         """The binding for a key of :meth:`ConvProduct.bind`."""
         binding = self._bindings.get(key)
-        if binding is None:
-            binding = Binding(self, key)
-            binding.unit = 1
-        return binding
+        return Binding(self, key) if binding is None else binding
 
     def new_frame(self, key: tuple[int, ...], offset: int) -> Solo:
         """An argument block for one image, whose channels are the program's images."""

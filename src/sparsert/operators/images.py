@@ -33,7 +33,7 @@ class ConvProduct(NativeProduct):
     ) -> None:  # fmt: skip
         super().__init__(task, schedule, target, kernel, executable)
         self.window, self.padding = window, padding
-        self.aligns_x = False
+        self.unit, self.aligns_x = 1, False
 
     def share(self, crew: Crew) -> None:
         """Convolutions run on the caller alone."""
@@ -43,10 +43,7 @@ class ConvProduct(NativeProduct):
         key = (x.shape[0], x.shape[2], columns, *_steps(x), x.strides[3] if x.ndim == 5 else 0, *_steps(y),
                *((0, 0, 0) if r is None else _steps(r)))  # fmt: skip
         binding = self._bindings.get(key)
-        if binding is None:
-            binding = Binding(self, key)
-            binding.unit = 1
-        return binding
+        return Binding(self, key) if binding is None else binding
 
     def new_frame(self, key: tuple[int, ...], offset: int, one_channel: bool = False) -> Solo:
         """Argument blocks for all bands of an image, all but the addresses filled in.

@@ -11,6 +11,7 @@ import numpy as np
 
 from ..errors import AliasError, ShapeError, UnsupportedError
 from ..runtime.cpu import address_of
+from ..schedule.cost import few_columns_reason
 from ..schedule.dense import DenseSchedule
 from ..schedule.schedule import Schedule
 from ..schedule.task import Task
@@ -27,6 +28,7 @@ from .arrays import (
     require_shape,
     same_view,
 )  # fmt: skip
+from .compact import CompactProduct, SmallProducts
 
 _SIGNATURES = 64
 _Signature = tuple[tuple[int, ...], ...]
@@ -105,6 +107,7 @@ class Compiled:
     threads: int
     list_code: Callable[[], str]
     threads_note: Callable[[], str]
+    small: SmallProducts | None = None
 
 
 class Bound:
@@ -147,7 +150,8 @@ class _Operator(ABC):
 
     @property
     def schedule(self) -> Schedule | DenseSchedule | None:
-        """How the product is blocked, in its sparse or dense form; None on the reference target."""
+        """How the product is blocked, in its sparse or dense form; None on the reference target and where it is looped
+        over the pattern."""
         return self._compiled.schedule
 
     @property
@@ -179,7 +183,11 @@ class _Operator(ABC):
 
         values = self._pattern.values_of(new_weight, "new_weight")
         require_finite(values, "new_weight")
-        self._compiled.product.load(values, self._bias)
+        product, small = self._compiled.product, self._compiled.small
+        if small is None:
+            product.load(values, self._bias)
+        else:
+            small.reload(lambda: product.load(values, self._bias))
 
     def __reduce__(self) -> NoReturn:
         raise UnsupportedError(
@@ -213,6 +221,10 @@ class _Operator(ABC):
                 f"code      {s.code_bytes} bytes, {s.instructions} instructions; {size}",
                 f"reuse     {s.fmas_per_load:.2f} multiply-adds per loaded vector of x",
             ]
+        elif c.reason:
+            lines += [f"looped    {c.reason}", f"code      {s.code_bytes} bytes, for all layers with this epilogue"]
+        if c.small is not None and (few := few_columns_reason(t, c.target)):
+            lines.append(f"few       {few}")
         lines += [f"threads   {c.threads_note()}", f"compiled  in {1e3 * s.compile_seconds:.1f} ms"]
         return "\n".join(lines)
 
@@ -262,11 +274,17 @@ class _Operator(ABC):
         binding.call(xa, ya, ra)
         return True
 
-    def _finish(self, x: Array, y: Array, r: Array | None, columns: int, remember: bool) -> _Ready | None:
-        """Run on arrays that the kernel can take, and say how to repeat that; if wanted, ``_again`` knows them now."""
-        binding = self._compiled.product.bind(x, y, r, columns)
+    def _finish(
+        self, x: Array, y: Array, r: Array | None, columns: int, remember: bool, product: Product | None = None
+    ) -> _Ready | None:
+        """Run on arrays that the kernel can take, and say how to repeat that; if wanted, ``_again`` knows them now.
+
+        ``product``: the operator's own unless given.
+        """
+        product = product or self._compiled.product
+        binding = product.bind(x, y, r, columns)
         if binding is None:
-            self._compiled.product.run(x, y, r, columns)
+            product.run(x, y, r, columns)
             return None
         binding.call(address_of(x), address_of(y), 0 if r is None else address_of(r))
         if remember and len(self._passed) < _SIGNATURES:
@@ -308,6 +326,12 @@ class _Operator(ABC):
         if y.size == 0:
             return None
         given = x, r
+        compact = self._compact(columns)
+        if compact is not None:  # takes any strides
+            if r is not None and overlaps(r, y) and not same_view(r, y):
+                r = r.copy()
+            ready = self._finish(x, y, r, columns, as_given and r is given[1], compact)
+            return ready if r is given[1] else None
         if r is not None and overlaps(r, y) and (columns % self.tile or not same_view(r, y)):
             r = r.copy()  # the last tile overlaps the one before and would read what that one wrote
         x = x if packed_columns(x) else np.ascontiguousarray(x)
@@ -325,6 +349,12 @@ class _Operator(ABC):
         if target is not y:
             y[...] = target
         return ready if uncopied else None
+
+    def _compact(self, columns: int) -> Product | None:
+        """The product that loops over the pattern as data, where that is best for so many columns."""
+        c = self._compiled
+        small = c.small.of(columns) if c.small is not None else None
+        return c.product if small is None and isinstance(c.product, CompactProduct) else small
 
 
 def _padded(array: Array, axis: int, tile: int) -> Array:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from itertools import pairwise
 from typing import NamedTuple, TypeVar
@@ -56,12 +57,11 @@ class Binding:
 
     __slots__ = ("by_x", "free", "key", "owner", "unit", "values")
 
-    def __init__(self, product: NativeProduct, key: tuple[int, ...]) -> None:
+    def __init__(self, product: Framed, key: tuple[int, ...]) -> None:
         self.owner, self.key = weakref.ref(product), key  # no cycle: code is unmapped as soon as the operator is gone
         self.values = product.values
         self.free: dict[int, list[Call]] = {}  # by how far x or y is off the alignment that its rows share
-        self.unit = product.target.tile_bytes if product.task.layout == "row_major" else 1
-        self.by_x = product.aligns_x
+        self.unit, self.by_x = product.unit, product.aligns_x
 
     def call(self, xa: int, ya: int, ra: int) -> None:
         """One call with x, y and the residual (0: none) at these addresses."""
@@ -102,29 +102,65 @@ class Binding:
         # A residual that is y itself must be read before its element is written: no tile may overlap another then.
         return (xa if self.by_x else ya) % self.unit if ra != ya else 0
 
-    def _owner(self) -> NativeProduct:
+    def _owner(self) -> Framed:
         owner = self.owner()
         if owner is None:
             raise InternalError("a call outlives its operator")
         return owner
 
 
-class NativeProduct:
-    """Machine code, packed values and free call frames. Any number of threads may call at once."""
+class Framed(ABC):
+    """Machine code, packed values and free call frames. Any number of threads may call at once.
+
+    Attributes:
+        unit: bytes that rows are aligned to, those of x if ``aligns_x``, else those of y; 1 for none.
+        values: one entry, which all bindings see.
+    """
+
+    def __init__(self, unit: int, aligns_x: bool) -> None:
+        self.unit, self.aligns_x = unit, aligns_x
+        self.values: list[Loaded] = [Loaded({}, {})]
+        self._bindings: dict[tuple[int, ...], Binding] = {}
+        self._kept = 0  # bytes of scratch in frames, roughly: threads may count at once
+
+    @abstractmethod
+    def bind(self, x: Array, y: Array, r: Array | None, columns: int) -> Binding:
+        """The binding for arrays like these."""
+
+    @abstractmethod
+    def new_frame(self, key: tuple[int, ...], offset: int) -> Call:
+        """What a call on arrays of the binding of ``key`` needs, all but the addresses filled in."""
+
+    def run(self, x: Array, y: Array, r: Array | None, columns: int) -> None:
+        """One call; see :meth:`bind`."""
+        self.bind(x, y, r, columns).call(address_of(x), address_of(y), 0 if r is None else address_of(r))
+
+    def frame(self, binding: Binding, offset: int) -> Call:
+        """A new frame for ``binding``, which is known from now on; too many, or too large, and all are forgotten."""
+        frame = self.new_frame(binding.key, offset)
+        self._kept += frame.nbytes
+        if len(self._bindings) >= _SHAPES or self._kept > _KEPT_BYTES:
+            for other in list(self._bindings.values()):
+                other.free.clear()
+            self._bindings.clear()
+            self._kept = frame.nbytes
+        self._bindings[binding.key] = binding
+        return frame
+
+
+class NativeProduct(Framed):
+    """Code unrolled from a pattern."""
 
     crew: Crew | None = None
 
     def __init__(self, task: Task, schedule: Schedule, target: Target, kernel: Kernel, executable: Executable) -> None:
+        # If no fewer vectors of x are loaded where the caller has it than stored of y, its rows get aligned.
+        m, k = task.pattern.shape
+        aligns_x = k * (1 if schedule.packing != "none" else kernel.plan.n_blocks) >= m
+        super().__init__(target.tile_bytes if task.layout == "row_major" else 1, aligns_x)
         self.task, self.schedule, self.target, self.kernel = task, schedule, target, kernel
         self.executable = executable
         self.narrowest = target.lanes
-        # One entry, which all bindings see.
-        self.values: list[Loaded] = [Loaded({}, {})]
-        # If no fewer vectors of x are loaded where the caller has it than stored of y, its rows get aligned.
-        m, k = task.pattern.shape
-        self.aligns_x = k * (1 if schedule.packing != "none" else kernel.plan.n_blocks) >= m
-        self._bindings: dict[tuple[int, ...], Binding] = {}
-        self._kept = 0  # bytes of scratch in frames, roughly: threads may count at once
         self._rows: dict[int, list[tuple[int, NativeProduct]]] = {}  # parts by rows, by how many were asked for
         self._changing = threading.RLock()
         self._splits: dict[int, cost.Split] = {}  # by columns: what calls so far were
@@ -156,6 +192,10 @@ class NativeProduct:
         loaded.packed[name] = tuple(packed)
         loaded.addresses[name] = tuple(address_of(array) for array in packed)
 
+    def current(self) -> tuple[Array, Array | None]:
+        """The values and biases that were loaded last."""
+        return self.kernel.unpack(self.values[0].packed[0][0])
+
     def _row_parts(self, parts: int) -> list[tuple[int, NativeProduct]]:
         """Products of ranges of rows, compiled when first asked for."""
         if self.crew is None:
@@ -178,22 +218,6 @@ class NativeProduct:
         key = (columns, x.strides[0], y.strides[0], 0 if r is None else r.strides[0])
         binding = self._bindings.get(key)
         return Binding(self, key) if binding is None else binding
-
-    def run(self, x: Array, y: Array, r: Array | None, columns: int) -> None:
-        """One call; see :meth:`bind`."""
-        self.bind(x, y, r, columns).call(address_of(x), address_of(y), 0 if r is None else address_of(r))
-
-    def frame(self, binding: Binding, offset: int) -> Call:
-        """A new frame for ``binding``, which is known from now on; too many, or too large, and all are forgotten."""
-        frame = self.new_frame(binding.key, offset)
-        self._kept += frame.nbytes
-        if len(self._bindings) >= _SHAPES or self._kept > _KEPT_BYTES:
-            for other in list(self._bindings.values()):
-                other.free.clear()
-            self._bindings.clear()
-            self._kept = frame.nbytes
-        self._bindings[binding.key] = binding
-        return frame
 
     def new_frame(self, key: tuple[int, ...], offset: int) -> Call:
         """What a call on arrays of these shapes and pitches needs, all but the addresses filled in."""

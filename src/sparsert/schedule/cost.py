@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ..target import Target
 from .schedule import Schedule, most_rows
@@ -155,6 +156,56 @@ def reason(task: Task, target: Target, schedule: Schedule) -> str:
         words.append("form='dense' would be faster, but multiplies zeros too: 0 * inf is NaN")
     if schedule.order != "natural":
         words.append("rows that share columns are grouped, since loads of x bound so sparse a product")
+    return "; ".join(words)
+
+
+# ---- few columns (design note 0014) ---------------------------------------------------------------------------------
+
+_LOOKUP_COLUMNS = 2  # so many go by lookups: a lookup per column and step, where the loop pays for a vector anyway
+_NARROW = "x86-avx2"  # half as wide vectors do for so few columns
+_FAR_CODE = 4  # times L2: code that is fetched slower than one tile's multiply-adds run
+_WIDE_WINDOW = 0.15  # below this density a window of four registers fills the steps better than two; above, it is full
+
+
+class FewColumns(NamedTuple):
+    """How a product with few columns is computed: for which target, by lookups or looped."""
+
+    target: str
+    by_lookup: bool
+
+
+def window(task: Task, target: Target) -> tuple[int, int]:
+    """Columns of x within reach of a lookup, and steps between two moves of that window."""
+    wide = task.pattern.density < _WIDE_WINDOW
+    return (4 if wide else 2) * target.lanes, 4 if wide else 2
+
+
+def few_columns(task: Task, target: Target, columns: int) -> FewColumns | None:
+    """None where the unrolled code, on columns padded to a tile if need be, is best."""
+    narrow, code = target.lanes < 16, code_bytes(task, target)
+    if task.layout == "tile_major" or not target.loops:
+        return None
+    if not narrow and columns <= _LOOKUP_COLUMNS:
+        return FewColumns(target.name, True)
+    if not narrow and 2 * columns <= target.lanes:
+        return FewColumns(_NARROW, False)
+    padded = columns < target.lanes and (narrow or code > target.l2)
+    far = columns <= (2 if narrow else 1) * target.lanes and code > _FAR_CODE * target.l2
+    return FewColumns(target.name, False) if padded or far else None
+
+
+def few_columns_reason(task: Task, target: Target) -> str:
+    """What :func:`few_columns` does, in a sentence."""
+    kinds = [few_columns(task, target, columns) for columns in range(1, 2 * target.lanes + 1)]
+    words, start = [], 0
+    for at in range(1, len(kinds) + 1):
+        if at == len(kinds) or kinds[at] != kinds[start]:
+            kind = kinds[start]
+            if kind is not None:
+                span = f"N = {start + 1}" + (f" to {at}" if at > start + 1 else "")
+                how = "register lookups" if kind.by_lookup else f"a loop over the pattern ({kind.target})"
+                words.append(f"{span} by {how}")
+            start = at
     return "; ".join(words)
 
 

@@ -57,6 +57,7 @@ _GENERAL = [
     "r14",
     "r15",
 ]
+_HALF = [f"e{name[1:]}" for name in _GENERAL[:8]] + [f"{name}d" for name in _GENERAL[8:]]
 _WIDTH = ("xmm", "ymm", "zmm")
 
 
@@ -69,6 +70,8 @@ def instruction_text(name: str, enc: int, c: dict[str, int], bcast: bool = False
     def register(kind: str, number: int) -> str:
         if kind == "g":
             return _GENERAL[number]
+        if kind == "e":
+            return _HALF[number]
         return f"k{number}" if kind == "k" else f"{'xmm' if kind == '4' else _WIDTH[length]}{number}"
 
     def memory(kind: str) -> str:
@@ -83,8 +86,10 @@ def instruction_text(name: str, enc: int, c: dict[str, int], bcast: bool = False
         size = ("dword" if bcast or row.tuple == Tuple.T1S else
                 "xmmword" if kind == "4" or (length == 0 and kind in "xq") else
                 ("", "ymmword", "zmmword")[length])  # fmt: skip
-        size = "qword" if enc == LEGACY else size
-        prefix = "" if name in ("lea", "prefetcht1") else f"{size} ptr "
+        if row.tuple == Tuple.QUARTER:
+            size = ("dword", "qword", "xmmword")[length]
+        size = {"e": "dword", "w": "word", "y": "byte"}.get(kind, "qword") if enc == LEGACY else size
+        prefix = "" if name in ("lea", "prefetcht0", "prefetcht1") else f"{size} ptr "
         return f"{prefix}[{text}]{broadcast}"
 
     words = []

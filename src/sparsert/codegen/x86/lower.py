@@ -35,6 +35,7 @@ _COMMON = {
     "to_int": "vcvtps2dq reg=d rm=a", "load4": "vmovups_x reg=d mem",
     "zip_lo": "vunpcklps reg=d vvvv=a rm=b", "zip_hi": "vunpckhps reg=d vvvv=a rm=b",
     "zip2_lo": "vunpcklpd reg=d vvvv=a rm=b", "zip2_hi": "vunpckhpd reg=d vvvv=a rm=b",
+    "load_bytes": "vpmovsxbd reg=d mem",
 }  # fmt: skip
 _SCALAR = {
     "s_arg": "mov reg=d arg", "s_put": "mov_st reg=a arg", "s_mov": "mov reg=d rm=a", "s_add": "add reg=d rm=a",
@@ -42,9 +43,14 @@ _SCALAR = {
     "s_muli": "imul_imm reg=d rm=a imm", "s_add_arg": "add reg=d arg",
     "s_max_arg": "cmp reg=d arg; cmovl reg=d arg", "s_min_arg": "cmp reg=d arg; cmovg reg=d arg",
     "s_const": "lea reg=d pool", "s_code": "lea reg=d code", "prefetch": "prefetcht1 mem",
+    "prefetch_near": "prefetcht0 mem",
     "label": "LABEL imm", "align": "ALIGN imm", "jump": "jmp imm", "jump_zero": "test reg=a rm=a; jz imm",
     "loop": "dec rm=a; jnz imm", "call": "call imm", "ret": "ret",
     "enter": "endbr64 rm=2; push rm=5; mov reg=5 rm=4; " + "; ".join(f"push rm={r}" for r in CALLEE_SAVED),
+    "s_load32": "mov32 reg=d mem", "s_store32": "mov32_st reg=a mem",
+    "s_at8": "movzx8 reg=15 mem; shl rm=15 imm=b; lea reg=d base=a index=15 scale=0",
+    "s_at16": "movzx16 reg=15 mem; shl rm=15 imm=b; lea reg=d base=a index=15 scale=0",
+    "s_at32": "mov32 reg=15 mem; shl rm=15 imm=b; lea reg=d base=a index=15 scale=0",
     "leave": "; ".join(f"pop rm={r}" for r in reversed(CALLEE_SAVED)) + "; pop rm=5; vzeroupper; ret",
     "s_load": "mov reg=d mem", "s_store": "mov_st reg=a mem", "s_exchange": "xchg reg=d mem",
     "s_replace": "mov reg=0 rm=d; cmpxchg reg=b mem; mov reg=d rm=0",
@@ -65,6 +71,9 @@ RECIPES = {
         "mask_from": "vmovups reg=31 mem; vpmovd2m reg=d+3 rm=31", "load_by_mask": "vmovups reg=d mem mask=b+3 zero=1",
         "evens": "vshufps reg=d vvvv=a rm=b imm=136; vpermpd_imm reg=d rm=d imm=216; "
                  "vshuff64x2 reg=d vvvv=d rm=d imm=216",
+        "sign_mask": "vpmovd2m reg=2 rm=a", "expand": "vexpandps reg=d mem mask=2 zero=1",
+        "lookup2": "vpermi2ps reg=d vvvv=a rm=b", "fma_mask": "vfmadd231ps reg=d vvvv=a rm=b mask=2",
+        "s_skip": "kmovw reg=15 rm=2; popcnt reg=15 rm=15; lea reg=d base=d index=15 scale=2",
     },
     VEX256: _COMMON | _SCALAR | {
         "zero": "vxorps reg=d vvvv=d rm=d", "round": "vroundps reg=d rm=a imm=8", "shl": "vpslld_vex vvvv=d rm=a imm",
@@ -85,12 +94,20 @@ _SCALE = np.array([0] + [scale for _, scale in _MULTIPLES.values()] + [0], np.in
 """Index register and scale: none, then 1 to 7 pitches, then the product in TMP."""
 _WINDOWED = {S.X: 64, S.W: 4}
 """Pointers that walk far, and what a compressed displacement of theirs counts in; others take 32-bit displacements."""
-_MODIFIES = np.array([op.name in ("s_add", "s_sub", "s_addi", "s_add_arg", "s_max_arg", "s_min_arg") for op in OPS])
+_MODIFIES = np.array(
+    [
+        op.name
+        in ("s_add", "s_sub", "s_addi", "s_add_arg", "s_max_arg", "s_min_arg", "s_at8", "s_at16", "s_at32", "s_skip")
+        for op in OPS
+    ]
+)
 _GPR_OF = np.array([GPR[s] for s in S], np.int8)
 _MEMORY, _WRITES = 1, 2
 _KIND = np.array(
     [_MEMORY * ("m" in op.form) + _WRITES * (op.scalar and "d" in op.form) for op in OPS], np.uint8
 )  # both, where a scalar is loaded
+
+_VEX_ONLY = ("vzeroupper", "kmovw")
 
 _Part = tuple[int, int, dict[str, Any]]
 
@@ -103,7 +120,7 @@ def _parse(recipe: str, vector_encoding: int) -> list[_Part]:
         encoding = LEGACY
         if row is None:
             row = ROW[name]
-            encoding = LEGACY if "L" in ROWS[name].encodings else VEX256 if name == "vzeroupper" else vector_encoding
+            encoding = LEGACY if "L" in ROWS[name].encodings else VEX256 if name in _VEX_ONLY else vector_encoding
         sources: dict[str, Any] = {}
         for item in fields:
             key, _, value = item.partition("=")

@@ -6,7 +6,8 @@ bytes, the operands in Intel order, and in which encodings it exists: ``L`` lega
 
 Operand letters: ``r`` ModRM.reg, ``v`` VEX.vvvv, ``m`` ModRM.rm (register or memory), ``i`` immediate, ``s`` register
 in the upper half of the immediate byte (is4), ``o`` register in the opcode, ``b`` a branch displacement.  Their kinds:
-``x`` vector, ``g`` 64-bit general, ``k`` mask, ``q`` memory only, ``4`` 128-bit vector or memory.
+``x`` vector, ``g`` 64-bit general, ``e`` 32-bit general, ``w`` and ``y`` memory of 2 bytes and of 1, ``k`` mask,
+``q`` memory only, ``4`` 128-bit vector or memory.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ class Tuple(IntEnum):
     FULLMEM = 2
     T1S = 3  # one element of 4 bytes
     T4 = 4  # four elements of 4 bytes
+    QUARTER = 5  # a quarter of a vector
+    PACKED = 6  # as many elements of 4 bytes as a mask selects
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +47,7 @@ class Row:
 
 
 _F, _FM, _S, _4, _N = Tuple.FULL, Tuple.FULLMEM, Tuple.T1S, Tuple.T4, Tuple.NONE
+_Q, _P = Tuple.QUARTER, Tuple.PACKED
 
 ROWS: dict[str, Row] = {
     # name                prefix map    opcode W  tuple operands       encodings
@@ -108,6 +112,17 @@ ROWS: dict[str, Row] = {
     "jz":             Row(P00, M0F,   0x84, 0, _N, "b", "L", imm=4, mnemonic="je"),
     "jnz":            Row(P00, M0F,   0x85, 0, _N, "b", "L", imm=4, mnemonic="jne"),
     "prefetcht1":     Row(P00, M0F,   0x18, 0, _N, "mq", "L", digit=2),
+    "vpmovsxbd":      Row(P66, M0F38, 0x21, 0, _Q, "rx mq", "VE"),
+    "vexpandps":      Row(P66, M0F38, 0x88, 0, _P, "rx mq", "E"),
+    "vpermi2ps":      Row(P66, M0F38, 0x77, 0, _F, "rx vx mx", "E"),
+    "kmovw":          Row(P00, M0F,   0x93, 0, _N, "re mk", "V", fixed_length=0),
+    "popcnt":         Row(PF3, M0F,   0xB8, 1, _N, "rg mg", "L"),
+    "mov32":          Row(P00, M1,    0x8B, 0, _N, "re me", "L", mnemonic="mov"),
+    "mov32_st":       Row(P00, M1,    0x89, 0, _N, "me re", "L", mnemonic="mov"),
+    "movzx8":         Row(P00, M0F,   0xB6, 0, _N, "re my", "L", mnemonic="movzx"),
+    "movzx16":        Row(P00, M0F,   0xB7, 0, _N, "re mw", "L", mnemonic="movzx"),
+    "shl":            Row(P00, M1,    0xC1, 1, _N, "mg i", "L", digit=4, imm=1),
+    "prefetcht0":     Row(P00, M0F,   0x18, 0, _N, "mq", "L", digit=1),
     "endbr64":        Row(PF3, M0F,   0x1E, 0, _N, "", "L", digit=7),  # encoded with rm = edx: F3 0F 1E FA
     # threads
     "xchg":           Row(P00, M1,    0x87, 1, _N, "mq rg", "L"),  # locks by itself
