@@ -363,3 +363,17 @@ def test_schedules_are_read_off_the_caches() -> None:
     for wrong in ({"k_block": 0}, {"k_block": 3, "panels": 0}):
         with pytest.raises(ScheduleError):
             DenseSchedule(**wrong)
+
+
+@pytest.mark.parametrize("target", COMPILED)
+@pytest.mark.parametrize("columns", [17, 20, 40])
+def test_rows_of_the_output_and_the_residual_may_lie_backwards(target: str, columns: int) -> None:
+    rng = np.random.default_rng(columns)
+    weight, x = (rng.standard_normal(shape).astype(np.float32) for shape in ((31, 26), (26, columns)))
+    residual = rng.standard_normal((31, columns)).astype(np.float32)
+    op = sparsert.compile_matmul(weight, form="dense", target=target, residual="after")
+    wanted = op(x, residual=residual)
+    memory = np.zeros((31 + 8, columns), np.float32)
+    op(x, out=memory[4:-4][::-1], residual=residual[::-1].copy()[::-1])
+    assert np.array_equal(memory[4:-4][::-1], wanted)
+    assert not memory[:4].any() and not memory[-4:].any()

@@ -232,7 +232,9 @@ class DenseProduct:
         if binding is None:
             if len(self._bindings) >= SHAPES:
                 self._bindings.clear()
-            turned = not self.linear and turns(self.task.pattern.rows, columns, self.task.pattern.cols, self.target)
+            rising = min(key[2:4]) >= 0  # the transposition counts on rising addresses
+            m, k = self.task.pattern.shape
+            turned = rising and not self.linear and turns(m, columns, k, self.target)
             binding = self._bindings[key] = (self._turned if turned else self._straight)(*key)
         return binding
 
