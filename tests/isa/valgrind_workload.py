@@ -51,6 +51,21 @@ def run(rng: np.random.Generator) -> None:
     assert np.isfinite(y).all()  # reads every element: one that was not written is an error of its own
 
 
+def run_convolution(rng: np.random.Generator) -> None:
+    groups, (kh, kw) = int(rng.integers(1, 3)), (int(k) for k in rng.integers(1, 4, 2))
+    inputs, outputs = groups * int(rng.integers(1, 5)), groups * int(rng.integers(1, 9))
+    b, h, w = int(rng.integers(1, 3)), int(rng.integers(1, 20)), int(rng.integers(1, 20))
+    weight = rng.standard_normal((outputs, inputs // groups, kh, kw)).astype(np.float32)
+    weight[rng.random(weight.shape) < 0.6] = 0
+    residual = (None, "before", "after")[int(rng.integers(3))]
+    settings = {"stride": int(rng.integers(1, 3)), "padding": (kh - 1, kw - 1), "groups": groups, "residual": residual}
+    op = sparsert.compile_conv2d(weight, None, "relu", target="x86-avx2", threads=1, **settings)
+    rows, columns = ((n + k - 2) // settings["stride"] + 1 for n, k in ((h, kh), (w, kw)))
+    shape = (b, outputs, rows, columns)
+    r = filled(shape, rng) if residual else None
+    assert np.isfinite(op(filled((b, inputs, h, w), rng), out=exact(shape), residual=r)).all()
+
+
 def overrun(rng: np.random.Generator) -> None:
     weight = rng.standard_normal((8, 8)).astype(np.float32)
     x = exact((8, 64), short=1)
@@ -61,5 +76,6 @@ if __name__ == "__main__":
     generator = np.random.default_rng(0)
     for _ in range(int(sys.argv[1])):
         run(generator)
+        run_convolution(generator)
     if "--overrun" in sys.argv:
         overrun(generator)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 import sparsert
 from sparsert import Clip, Schedule
 from sparsert.errors import AliasError, PatternMismatchError, ShapeError, UnsupportedError, ValueRangeError
+from sparsert.operators import images
 from sparsert.runtime.host import host_report
 from sparsert.sparsity.geometry import Geometry, padding
 from sparsert.sparsity.pattern import as_sparse
@@ -178,6 +179,30 @@ def test_bits_do_not_depend_on_the_schedule(target: str, rng: np.random.Generato
             schedule = Schedule(rows, segment, tiles, packing=packing, order=order)
             y = sparsert.compile_conv2d(w, schedule=schedule, **options)(x)
             assert np.array_equal(y.view(np.int32), plain.view(np.int32)), schedule
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_bits_do_not_depend_on_the_threads(
+    target: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(images, "LEAST_SHARE", 1)
+    monkeypatch.setattr(images, "_LEAST_COLUMNS", 16)
+    shared = 0
+    for count, size, stride, residual in ((1, 23, 1, "after"), (2, 9, 1, None), (5, 31, 2, "before"), (12, 7, 1, None)):
+        weight = pruned(rng, (21, 6, 3, 3), 0.3)
+        x = rng.standard_normal((count, 6, size, size + 3)).astype(np.float32)
+        settings = {"padding": 1, "stride": stride, "residual": residual, "target": target}
+        want = None
+        for threads in (1, 2, 3, 7):
+            op = sparsert.compile_conv2d(weight, None, "relu", threads=threads, **settings)
+            side = (size - 1) // stride + 1, (size + 2) // stride + 1
+            r = np.resize(x, (count, 21, *side)) if residual else None
+            y = op(x, residual=r)
+            want = y if want is None else want
+            assert np.array_equal(y, want)
+            assert np.array_equal(op.bind(x, residual=r)(), want)
+            shared += "ranges of image" in op.explain()
+    assert shared >= 12 or target == "reference"
 
 
 @pytest.mark.parametrize("target", TARGETS)

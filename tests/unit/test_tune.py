@@ -211,13 +211,14 @@ def test_the_reference_has_nothing_to_tune() -> None:
 
 
 def test_the_budget_of_code_counts(rng: np.random.Generator) -> None:
-    """Candidates beyond it are not chosen; if the cost model's own choice is, compiling fails as it does untuned."""
+    """Candidates beyond it are not chosen; if the cost model's own is, the pattern is looped over."""
     weight = dense_matrix(rng, 70, 90, 0.15)
     fits = sparsert.compile_matmul(weight).stats.code_bytes
     op = sparsert.compile_matmul(weight, tune="full", max_code_bytes=fits)
     assert op.stats.code_bytes <= fits
+    assert sparsert.compile_matmul(weight, tune="fast", max_code_bytes=fits - 1).schedule is None
     with pytest.raises(CodeBudgetError):
-        sparsert.compile_matmul(weight, tune="fast", max_code_bytes=fits - 1)
+        sparsert.compile_matmul(weight, tune="fast", max_code_bytes=fits - 1, form="sparse")
 
 
 def test_many_nonzeros_get_fewer_candidates(monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator) -> None:

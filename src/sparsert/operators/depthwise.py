@@ -37,7 +37,7 @@ class ChannelsProduct(NativeProduct):
 
     def new_frame(self, key: tuple[int, ...], offset: int) -> Solo:
         """An argument block for one image, whose channels are the program's images."""
-        base = self.general.new_frame((1, *key[1:]), 0, one_channel=True)
+        base = self.general.channel_frame((1, *key[1:]))
         height, width = key[1:3]
         x, y, r = key[3:6], key[7:10], key[10:13]
         window, lanes = self.general.window, self.target.lanes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,18 +11,21 @@ from numpy.typing import NDArray
 from ..kernels import planes
 from ..kernels.arguments import SLOTS, Arg, Move
 from ..kernels.matmul import Kernel
-from ..runtime.cpu import Executable, address_of
-from ..schedule.cost import tiles_per_group
+from ..runtime.cpu import Executable, Frame, address_of
+from ..schedule.cost import LEAST_SHARE, Split, tiles_per_group
 from ..schedule.schedule import Schedule
 from ..schedule.task import Task
 from ..sparsity.geometry import Band, Geometry, Padding
 from ..sparsity.taps import Window
 from ..target import Target
-from .native import Array, Binding, Crew, NativeProduct
-from .team import Solo
+from .native import MOST_SHAPES, Array, Binding, NativeProduct
+from .team import Call, Solo, Team
+
+_Kind = TypeVar("_Kind", bound=Frame)
 
 _LINE = 16  # floats of a cache line
 _LEAST_COLUMNS = 256  # of a band
+_IMAGES, _ROWS = "images", "image rows"
 
 
 class ConvProduct(NativeProduct):
@@ -35,9 +39,6 @@ class ConvProduct(NativeProduct):
         self.window, self.padding = window, padding
         self.unit, self.aligns_x = 1, False
 
-    def share(self, crew: Crew) -> None:
-        """Convolutions run on the caller alone."""
-
     def bind(self, x: Array, y: Array, r: Array | None, columns: int) -> Binding:
         """The binding for arrays like these: 4-D, or x 5-D with ``columns`` where it comes column phase by phase."""
         key = (x.shape[0], x.shape[2], columns, *_steps(x), x.strides[3] if x.ndim == 5 else 0, *_steps(y),
@@ -45,16 +46,60 @@ class ConvProduct(NativeProduct):
         binding = self._bindings.get(key)
         return Binding(self, key) if binding is None else binding
 
-    def new_frame(self, key: tuple[int, ...], offset: int, one_channel: bool = False) -> Solo:
-        """Argument blocks for all bands of an image, all but the addresses filled in.
+    def geometry(self, key: tuple[int, ...]) -> Geometry:
+        """Of the images that a key of :meth:`bind` stands for."""
+        size = key[1], key[2]
+        return Geometry(self.window, size, self.padding.resolve(size, self.window))
 
-        With ``one_channel`` there is a single band, and its planes have room for a channel.
-        """
-        images, height, width = key[:3]
+    def new_frame(self, key: tuple[int, ...], offset: int) -> Call:
+        """What a call on such images needs, all but the addresses filled in."""
+        images, width, geometry = key[0], key[2], self.geometry(key)
+        split = self._share_out(geometry, images)
+        bands = self._bands(geometry, split.parts if split.by == _ROWS else 1)
+        if len(self._splits) < MOST_SHAPES:
+            self._splits[width] = split
+        if self.crew is None or split.parts < 2:
+            return self._solo(key, geometry, bands)
+        parts: list[tuple[Frame, int, tuple[int, int, int]]] = []
+        for part in range(split.parts):
+            first, last = (images * p // split.parts for p in (part, part + 1)) if split.by == _IMAGES else (0, images)
+            low, high = (len(bands) * p // split.parts for p in (part, part + 1))
+            some = bands[low:high] if split.by == _ROWS else bands
+            frame = self._band_frame(Frame, (last - first, *key[1:]), geometry, some)
+            parts.append((frame, self.executable.address, (first * key[3], first * key[7], first * key[10])))
+        return Team(self.crew.pool(), parts, 0)
+
+    def _share_out(self, geometry: Geometry, images: int) -> Split:
+        """Which parts of a call different threads do: whole images, or rows of every image."""
+        rows, columns = geometry.out
+        work = self.task.pattern.nnz * images * -(-rows * columns // self.target.lanes)
+        parts = 1 if self.crew is None else min(self.crew.threads, work // LEAST_SHARE)
+        if self.crew is None or parts < 2:
+            return Split("", 1)
+        pool = self.crew.pool()
+        if not pool.ensure(parts - 1):
+            parts = min(parts, pool.workers + 1)
+        if images % parts == 0 or images >= 4 * parts:
+            return Split(_IMAGES, parts)
+        parts = min(parts, rows * columns // _LEAST_COLUMNS, rows)
+        return Split(_ROWS, parts) if parts > 1 else Split("", 1)
+
+    def channel_frame(self, key: tuple[int, ...]) -> Solo:
+        """Like :meth:`new_frame`, for a single band, whose planes have room for a channel."""
+        geometry = self.geometry(key)
+        return self._solo(key, geometry, [geometry.band((0, geometry.out[0]))], True)
+
+    def _solo(self, key: tuple[int, ...], geometry: Geometry, bands: list[Band], one_channel: bool = False) -> Solo:
+        frame = self._band_frame(Solo, key, geometry, bands, one_channel)
+        frame.call = self.executable.call
+        return frame
+
+    def _band_frame(
+        self, kind: type[_Kind], key: tuple[int, ...], geometry: Geometry, bands: list[Band], one_channel: bool = False
+    ) -> _Kind:
+        """Argument blocks for bands of every image, and scratch."""
+        images = key[0]
         x, phase_step, y, r = key[3:6], key[6], key[7:10], key[10:13]
-        size = (height, width)
-        geometry = Geometry(self.window, size, self.padding.resolve(size, self.window))
-        bands = [geometry.band((0, geometry.out[0]))] if one_channel else self._bands(geometry)
         task, lanes = self.task, self.target.lanes
         m, phases = task.pattern.rows, len(self.window.phases)
         channels = 1 if one_channel else self.window.channels(task.pattern.cols)
@@ -82,8 +127,7 @@ class ConvProduct(NativeProduct):
         sizes = {slot: -(-floats // _LINE) * _LINE for slot, floats in sizes.items()}
         n_slots = planes.slots(task)
         masks = 2 * planes.copies(task) * lanes
-        frame = Solo(n_slots * len(bands), sum(sizes.values()) + masks * len(bands))
-        frame.call = self.executable.call
+        frame = kind(n_slots * len(bands), sum(sizes.values()) + masks * len(bands))
         frame.scratch[:] = 0
         at, addresses = address_of(frame.scratch), {}
         for slot, floats in sizes.items():
@@ -169,8 +213,11 @@ class ConvProduct(NativeProduct):
         for number, place in enumerate(self.window.mask_places):
             table[:tiles, number] = -band.mask(*place)[column].astype(np.int32)
 
-    def _bands(self, geometry: Geometry) -> list[Band]:
-        """Rows, and columns where rows are very long, cut so that the planes of a band fit the second-level cache."""
+    def _bands(self, geometry: Geometry, least: int) -> list[Band]:
+        """Rows, and columns where rows are very long, cut so that the planes of a band fit the second-level cache.
+
+        There are no fewer bands than ``least``, unless there are fewer rows.
+        """
         rows, columns = geometry.out
         budget = self.target.l2 // 4
         task, phases = self.task, len(self.window.phases)
@@ -188,7 +235,7 @@ class ConvProduct(NativeProduct):
             return [geometry.band((row, row + 1), pair) for row in range(rows) for pair in pairs]
         per_row = max(1, (everything - one) // max(rows - 1, 1))
         most = max(1, 1 + (budget - one) // per_row)
-        parts = -(-rows // most)
+        parts = max(-(-rows // most), min(least, rows))
         cuts = [rows * i // parts for i in range(parts + 1)]
         return [geometry.band(pair) for pair in pairwise(cuts)]
 

@@ -26,7 +26,7 @@ from .team import Call, Solo, Team, tile_cuts
 
 Array = NDArray[np.float32]
 _Kind = TypeVar("_Kind", bound=Frame)
-_SHAPES = 32  # shapes and pitches whose frames are kept,
+MOST_SHAPES = 32  # shapes and pitches whose frames are kept,
 _KEPT_BYTES = 32 << 20  # and scratch
 _ALIGN_TILES = 12  # so many tiles a row must have for aligning to pay, which costs one more
 
@@ -139,7 +139,7 @@ class Framed(ABC):
         """A new frame for ``binding``, which is known from now on; too many, or too large, and all are forgotten."""
         frame = self.new_frame(binding.key, offset)
         self._kept += frame.nbytes
-        if len(self._bindings) >= _SHAPES or self._kept > _KEPT_BYTES:
+        if len(self._bindings) >= MOST_SHAPES or self._kept > _KEPT_BYTES:
             for other in list(self._bindings.values()):
                 other.free.clear()
             self._bindings.clear()
@@ -248,7 +248,7 @@ class NativeProduct(Framed):
                 frame = self._frame(Frame, high - low, pitches, 0 if low else start)
                 dx, dy, dr = (low * step // lanes for step in self._tile_steps(pitches))
                 parts.append((frame, self.executable.address, (dx, dy, dr)))
-        if len(self._splits) < _SHAPES:
+        if len(self._splits) < MOST_SHAPES:
             self._splits[columns] = cost.Split(split.by, max(1, len(parts)))
         if self.crew is not None and len(parts) > 1:
             return Team(self.crew.pool(), parts, split.parts if split.by == "rows" else 0)
