@@ -50,9 +50,9 @@ def weights(selection: baselines.Selection, problem: Problem, target: str) -> tu
     w, x = prepared.dense[0], prepared.x
     if problem.kind == "linear":
         given = np.ascontiguousarray(x.T)
-        op: Any = sparsert.compile_linear(w, target=target)
+        op: Any = sparsert.compile_linear(w, target=target, threads=1)
     else:
-        given, op = x, sparsert.compile_matmul(w, target=target)
+        given, op = x, sparsert.compile_matmul(w, target=target, threads=1)
     step = op.bind(given, op(given))
     error = prepared.references[0].error(step.out.T if problem.kind == "linear" else step.out)
     if error > 1e-5:
