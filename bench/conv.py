@@ -49,10 +49,15 @@ def resnet50() -> list[Problem]:
                 m = from_csr(data.astype(np.float32), indices, indptr, (channels, channels * 9))
                 weight = m.to_dense().reshape(channels, channels, 3, 3)
                 found.append(Problem(f"{channels}@{size}", (group,), weight, size, 1, 1))
-            rng = np.random.default_rng(percent)
-            weight = np.where(rng.random((512, 512, 3, 3)) * 100 < percent, 0, rng.standard_normal((512, 512, 3, 3)))
-            found.append(Problem("512@7 (uniform)", (group, f"512@7, {percent} %"), weight.astype(np.float32), 7, 1, 1))
+            found.append(Problem("512@7 (DLMC)", (group, f"512@7, {percent} %"), dlmc(percent), 7, 1, 1))
     return found
+
+
+def dlmc(percent: int) -> Any:
+    """512 filters of a ResNet-50 pruned by magnitude: a real pattern, with columns (ky, kx, ic), and random values."""
+    collection = {91: "rn50__extended_magnitude_pruning__0.91", 96: "rn50__magnitude_pruning__0.95"}[percent]
+    entry = next(e for e in testdata.dlmc_index() if (e.collection, e.rows, e.cols) == (collection, 512, 9 * 512))
+    return np.ascontiguousarray(testdata.read_dlmc(entry).to_dense().reshape(512, 3, 3, 512).transpose(0, 3, 1, 2))
 
 
 def depthwise() -> list[Problem]:

@@ -80,6 +80,21 @@ def test_resnet50_filters(name: str, target: str, test_data: Path, rng: np.rando
 
 
 @pytest.mark.parametrize("target", COMPILED)
+@pytest.mark.parametrize("name", FILTERS)
+def test_resnet50_convolutions(name: str, target: str, test_data: Path, rng: np.random.Generator) -> None:
+    """The same filters as convolutions, against SciPy's product with all windows of the image as columns."""
+    with np.load(test_data / "weights" / "resnet50_3x3.npz") as arrays:
+        data, indices, indptr, shape = (arrays[f"{name}.{part}"] for part in ("data", "indices", "indptr", "shape"))
+    matrix = from_csr(data.astype(np.float32), indices, indptr, (shape[0], 9 * shape[1]), name)
+    x = rng.standard_normal((1, shape[1], 9, 14)).astype(np.float32)
+    windows = np.lib.stride_tricks.sliding_window_view(np.pad(x[0], ((0, 0), (1, 1), (1, 1))), (3, 3), (1, 2))
+    columns = np.ascontiguousarray(windows.transpose(0, 3, 4, 1, 2)).reshape(9 * shape[1], -1)
+    y = sparsert.compile_conv2d(matrix, None, "relu", kernel=(3, 3), padding=1, target=target)(x)
+    wrong = complaint(y.reshape(len(y[0]), -1), expected(matrix, columns, None, "relu", multiply=multiply))
+    assert not wrong, wrong
+
+
+@pytest.mark.parametrize("target", COMPILED)
 def test_dlmc_patterns(target: str, test_data: Path, rng: np.random.Generator) -> None:
     entries: dict[str, list[Any]] = {}
     for entry in dlmc_index():
