@@ -92,6 +92,11 @@ def _zip(a: Lanes, b: Lanes, half: int, width: int) -> Lanes:
     return np.stack(parts, axis=2).reshape(-1)
 
 
+def _of_four(a: Lanes, b: Lanes, first: int) -> Lanes:
+    """From every 128 bits: two of a's lanes, then two of b's, from ``first`` on."""
+    return np.concatenate([x.reshape(-1, 4)[:, first::2] for x in (a, b)], axis=1).reshape(-1)
+
+
 # Operations on lanes: the function of the old d, a and b gives the new d.
 LANES: dict[str, Callable[[Lanes, Lanes, Lanes], Lanes]] = {
     "zero": lambda d, a, b: np.zeros_like(d),
@@ -119,6 +124,9 @@ LANES: dict[str, Callable[[Lanes, Lanes, Lanes], Lanes]] = {
     "zip2_lo": lambda d, a, b: _zip(a, b, 0, 2),  # a0 a1 b0 b1
     "zip2_hi": lambda d, a, b: _zip(a, b, 1, 2),  # a2 a3 b2 b3
     "evens": lambda d, a, b: np.concatenate([a[::2], b[::2]]),
+    "evens4": lambda d, a, b: _of_four(a, b, 0),  # a0 a2 b0 b2 of every four lanes
+    "odds4": lambda d, a, b: _of_four(a, b, 1),  # a1 a3 b1 b3
+    "unzip2": lambda d, a, b: a.reshape(-1, 2, 2).swapaxes(0, 1).reshape(-1),  # even pairs of lanes, then the odd ones
 }
 _READS_D = ("fma_acc", "fma_mul", "fnma_acc", "fnma_mul", "select_neg")
 
@@ -238,6 +246,21 @@ def _load_by_mask(m: Machine, r: Row) -> None:
     m.vector[r.d] = d
 
 
+def _mask_bits(m: Machine, r: Row) -> None:
+    if m.lanes > 16:
+        raise m.fail("masks have 16 bits")
+    bits = int(m.bytes(m.address(r), 2).copy().view(np.uint16)[0])
+    m.masks[r.d] = bits >> np.arange(m.lanes) & 1 != 0
+
+
+def _store_by_mask(m: Machine, r: Row) -> None:
+    if r.b not in m.masks:
+        raise m.fail(f"mask {r.b} is used before it is set")
+    value, start = m.lane(r.a), m.address(r)
+    for i in np.flatnonzero(m.masks[r.b]).tolist():
+        m.bytes(start + 4 * i & _WORD, 4)[:] = value[i : i + 1].view(np.uint8)
+
+
 def _store_mask(m: Machine, r: Row) -> None:
     for i, raw in m.masked(r):
         raw[:] = m.lane(r.a)[i : i + 1].view(np.uint8)
@@ -320,6 +343,8 @@ EFFECTS: dict[str, Callable[[Machine, Row], None]] = {
     "store_mask": _store_mask,
     "mask_from": _mask_from,  # one of several masks, d, from the sign bits of a vector in memory
     "load_by_mask": _load_by_mask,  # zero where mask b is off
+    "mask_bits": _mask_bits,  # mask d from 16 bits in memory
+    "store_by_mask": _store_by_mask,
     "prefetch": _prefetch,
     "s_arg": lambda m, r: m.put(r.d, _slot_value(m, r)),
     "s_put": _put_slot,

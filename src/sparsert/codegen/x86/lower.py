@@ -59,6 +59,9 @@ RECIPES = {
         "mask_from": "vmovups reg=31 mem; vpmovd2m reg=d+3 rm=31", "load_by_mask": "vmovups reg=d mem mask=b+3 zero=1",
         "evens": "vshufps reg=d vvvv=a rm=b imm=136; vpermpd_imm reg=d rm=d imm=216; "
                  "vshuff64x2 reg=d vvvv=d rm=d imm=216",
+        "mask_bits": "kmovw reg=d+3 mem", "store_by_mask": "vmovups_st reg=a mem mask=b+3",
+        "evens4": "vshufps reg=d vvvv=a rm=b imm=136", "odds4": "vshufps reg=d vvvv=a rm=b imm=221",
+        "unzip2": "vpermpd_imm reg=d rm=a imm=216; vshuff64x2 reg=d vvvv=d rm=d imm=216",
     },
     VEX256: _COMMON | _SCALAR | {
         "zero": "vxorps reg=d vvvv=d rm=d", "round": "vroundps reg=d rm=a imm=8", "shl": "vpslld_vex vvvv=d rm=a imm",
@@ -67,6 +70,8 @@ RECIPES = {
         "set_mask": "vmovups reg=15 mem", "load_mask": "vmaskmovps reg=d vvvv=15 mem",
         "store_mask": "vmaskmovps_st reg=a vvvv=15 mem",
         "evens": "vshufps reg=d vvvv=a rm=b imm=136; vpermpd_imm reg=d rm=d imm=216",
+        "evens4": "vshufps reg=d vvvv=a rm=b imm=136", "odds4": "vshufps reg=d vvvv=a rm=b imm=221",
+        "unzip2": "vpermpd_imm reg=d rm=a imm=216",
     },
 }  # fmt: skip
 """By vector encoding. Masks of the copies are k2, or ymm15: they occur outside the accumulate loop only. The numbered
@@ -97,7 +102,7 @@ def _parse(recipe: str, vector_encoding: int) -> list[_Part]:
         encoding = LEGACY
         if row is None:
             row = ROW[name]
-            encoding = LEGACY if "L" in ROWS[name].encodings else VEX256 if name == "vzeroupper" else vector_encoding
+            encoding = LEGACY if "L" in ROWS[name].encodings else VEX256 if "E" not in ROWS[name].encodings else vector_encoding
         sources: dict[str, Any] = {}
         for item in fields:
             key, _, value = item.partition("=")

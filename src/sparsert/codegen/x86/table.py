@@ -112,6 +112,7 @@ ROWS: dict[str, Row] = {
     "vshufps":        Row(P00, M0F,   0xC6, 0, _F, "rx vx mx i", "VE", imm=1),
     "vpermpd_imm":    Row(P66, M0F3A, 0x01, 1, _FM, "rx mx i", "VE", imm=1, mnemonic="vpermpd"),
     "vshuff64x2":     Row(P66, M0F3A, 0x23, 1, _FM, "rx vx mx i", "E", imm=1),
+    "kmovw":          Row(P00, M0F,   0x90, 0, _N, "rk mq", "V", fixed_length=0),
 }  # fmt: skip
 
 NAMES = tuple(ROWS)
