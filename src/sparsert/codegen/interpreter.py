@@ -92,11 +92,6 @@ def _zip(a: Lanes, b: Lanes, half: int, width: int) -> Lanes:
     return np.stack(parts, axis=2).reshape(-1)
 
 
-def _of_four(a: Lanes, b: Lanes, first: int) -> Lanes:
-    """From every 128 bits: two of a's lanes, then two of b's, from ``first`` on."""
-    return np.concatenate([x.reshape(-1, 4)[:, first::2] for x in (a, b)], axis=1).reshape(-1)
-
-
 # Operations on lanes: the function of the old d, a and b gives the new d.
 LANES: dict[str, Callable[[Lanes, Lanes, Lanes], Lanes]] = {
     "zero": lambda d, a, b: np.zeros_like(d),
@@ -124,11 +119,9 @@ LANES: dict[str, Callable[[Lanes, Lanes, Lanes], Lanes]] = {
     "zip2_lo": lambda d, a, b: _zip(a, b, 0, 2),  # a0 a1 b0 b1
     "zip2_hi": lambda d, a, b: _zip(a, b, 1, 2),  # a2 a3 b2 b3
     "evens": lambda d, a, b: np.concatenate([a[::2], b[::2]]),
-    "evens4": lambda d, a, b: _of_four(a, b, 0),  # a0 a2 b0 b2 of every four lanes
-    "odds4": lambda d, a, b: _of_four(a, b, 1),  # a1 a3 b1 b3
-    "unzip2": lambda d, a, b: a.reshape(-1, 2, 2).swapaxes(0, 1).reshape(-1),  # even pairs of lanes, then the odd ones
+    "pick": lambda d, a, b: np.concatenate([d, b])[_bits(a) % (2 * d.size)],  # of d and b, by the numbers in a
 }
-_READS_D = ("fma_acc", "fma_mul", "fnma_acc", "fnma_mul", "select_neg")
+_READS_D = ("fma_acc", "fma_mul", "fnma_acc", "fnma_mul", "select_neg", "pick")
 
 
 class Machine:
@@ -253,11 +246,31 @@ def _mask_bits(m: Machine, r: Row) -> None:
     m.masks[r.d] = bits >> np.arange(m.lanes) & 1 != 0
 
 
-def _store_by_mask(m: Machine, r: Row) -> None:
+def _numbered(m: Machine, r: Row) -> NDArray[np.bool_]:
     if r.b not in m.masks:
         raise m.fail(f"mask {r.b} is used before it is set")
-    value, start = m.lane(r.a), m.address(r)
-    for i in np.flatnonzero(m.masks[r.b]).tolist():
+    return m.masks[r.b]
+
+
+def _bcast_by_mask(m: Machine, r: Row) -> None:
+    mask = _numbered(m, r)
+    m.vector[r.d] = np.where(mask, m.read(r, 1)[0] if mask.any() else np.float32(0), np.float32(0))
+
+
+def _lanes_from(m: Machine, r: Row) -> None:
+    both = np.concatenate([m.lane(r.a), m.lane(r.b)])
+    if not 0 <= r.disp < m.lanes:
+        raise m.fail(f"there is no lane {r.disp}")
+    m.vector[r.d] = both[r.disp : r.disp + m.lanes]
+
+
+def _rotate_by_mask(m: Machine, r: Row) -> None:
+    m.vector[r.d] = np.where(_numbered(m, r), np.roll(m.lane(r.a), -r.disp), np.float32(0))
+
+
+def _store_by_mask(m: Machine, r: Row) -> None:
+    mask, value, start = _numbered(m, r), m.lane(r.a), m.address(r)
+    for i in np.flatnonzero(mask).tolist():
         m.bytes(start + 4 * i & _WORD, 4)[:] = value[i : i + 1].view(np.uint8)
 
 
@@ -345,6 +358,9 @@ EFFECTS: dict[str, Callable[[Machine, Row], None]] = {
     "load_by_mask": _load_by_mask,  # zero where mask b is off
     "mask_bits": _mask_bits,  # mask d from 16 bits in memory
     "store_by_mask": _store_by_mask,
+    "bcast_by_mask": _bcast_by_mask,
+    "lanes_from": _lanes_from,  # of a and then b, from a lane of a on
+    "rotate_by_mask": _rotate_by_mask,  # lane i from lane i + disp, zero where mask b is off
     "prefetch": _prefetch,
     "s_arg": lambda m, r: m.put(r.d, _slot_value(m, r)),
     "s_put": _put_slot,

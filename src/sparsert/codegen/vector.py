@@ -80,7 +80,8 @@ def _table() -> tuple[Op, ...]:
         "set_mask": "dm", "load_mask": "dm", "store_mask": "am", "prefetch": "m",
         "fma_lane": "dabi", "mul_lane": "dabi",
         "evens": "dab", "mask_from": "dm", "load_by_mask": "dmb",
-        "mask_bits": "dm", "store_by_mask": "amb", "evens4": "dab", "odds4": "dab", "unzip2": "da",
+        "mask_bits": "dm", "store_by_mask": "amb", "bcast_by_mask": "dmb",
+        "pick": "dab", "lanes_from": "dabi", "rotate_by_mask": "dabi",
     }  # fmt: skip
     scalar = {
             "s_arg": "di", "s_put": "ai", "s_mov": "da", "s_add": "da", "s_sub": "da", "s_addi": "di", "s_set": "di",

@@ -26,7 +26,7 @@ _MOST_MASKS = 1 << 16  # of a table
 _LEAST_ROWS = 3
 
 Event = tuple[int, int]  # accumulator, rank of the tap
-Key = tuple[int, ...]  # a vector: line and column offset; a load of which two make one, with the number of its half
+Key = tuple[int, ...]  # a vector: line and column offset; a load of which two make one, also its half; an element: 0, 0
 
 
 def fits(task: Task, target: Target) -> bool:
@@ -94,11 +94,14 @@ class Plan:
         ky, kx = np.divmod(self.order, window.kernel[1])
         self.line, self.column = ky * window.dilation[0], kx * window.dilation[1]  # of every tap, by rank
         vectors = -(-height // self.each)
-        left = target.registers - self.order.size - task.bias
-        self.rows = 0
+        left = target.registers - self.order.size - task.bias - 2 * (self.halves == 2)
+        self.tiles = np.minimum(np.arange(-(-width // lanes)) * lanes, max(0, width - lanes))
+        self.rows, self.shifts = 0, True
         for walk in (self._by_line, self._by_accumulator, self._by_phase):
             if walk == self._by_line and window.stride != (1, 1):
                 continue
+            self._recipes: dict[Key, tuple[str, tuple[Key, ...]]] = {}
+            self.shares = walk != self._by_phase  # loads between even and odd columns
             self.events = list(walk(_LEAST_ROWS + 1))
             self.registers = max(Vectors(self).run(None), _temporaries(task, target))
             most = min(MOST_ROWS, left - self.registers)
@@ -110,7 +113,6 @@ class Plan:
             return
         step = self.rows * self.each
         self.blocks = np.minimum(np.arange(-(-height // step)) * step, max(0, height - step))
-        self.tiles = np.minimum(np.arange(-(-width // lanes)) * lanes, max(0, width - lanes))
 
     def _by_line(self, rows: int) -> Iterator[Event]:
         """Every vector once, for all rows that it serves: where taps are summed row by row."""
@@ -168,6 +170,69 @@ class Plan:
         inside = (rows < g.out[0]) & (row < self.each) & (column >= 0) & (self.tiles[:, None] + column < g.out[1])
         return _words(np.broadcast_to(inside, (self.blocks.size, self.tiles.size, lanes)))
 
+    def columns(self, offset: int) -> NDArray[np.uint16]:
+        """(records,) the lanes of a vector whose column lies in the image, be the row in it or not."""
+        lane = np.arange(self.target.lanes)
+        row, column = self._lanes if self.halves == 1 or self.each == 1 else np.divmod(lane, lane.size // 2)
+        inside = self._inside(offset, column) & (row < self.each)
+        return _words(np.broadcast_to(inside, (self.records, lane.size)))
+
+    def _inside(self, offset: int, column: NDArray[np.int64]) -> NDArray[np.bool_]:
+        g, stride = self.shape.geometry, self.window.stride[1]
+        read = column * stride + offset - g.pads[1][0]
+        return np.asarray((read >= 0) & (read < g.size[1]))
+
+    def filled(self, key: Key) -> NDArray[np.uint16]:
+        """(records,) all lanes where a single element lies in the image, else none."""
+        g, (sh, sw) = self.shape.geometry, self.window.stride
+        rows = self.blocks[:, None] * sh + key[0] - g.pads[0][0]
+        columns = self.tiles * sw + key[1] - g.pads[1][0]
+        inside = (rows >= 0) & (rows < g.size[0]) & (columns >= 0) & (columns < g.size[1])
+        return np.where(inside, (1 << self.target.lanes) - 1, 0).astype(np.uint16).reshape(-1)
+
+    def turn(self, offset: int) -> int:
+        """By how many lanes the vector that another one is made of has to be turned."""
+        if self.halves == 2:
+            return 1
+        return offset - self._base
+
+    @cached_property
+    def _base(self) -> int:
+        """The column offset whose vectors are loaded where all of a row is in one: that of the image's first column."""
+        return int(min(set(self.column.tolist()), key=lambda o: abs(o - self.shape.geometry.pads[1][0])))
+
+    def recipe(self, key: Key) -> tuple[str, tuple[Key, ...]]:
+        """How a vector is made, and of which."""
+        if len(key) > 2:
+            return ("load", "fill")[len(key) - 3], ()
+        if key not in self._recipes:
+            self._recipes[key] = self._recipe(*key)
+        return self._recipes[key]
+
+    def _recipe(self, line: int, offset: int) -> tuple[str, tuple[Key, ...]]:
+        step, lanes = self.halves, self.target.lanes
+        offsets = set(self.column.tolist())
+        before = offset - step
+        if self.tiles.size == 1:
+            if step == 1:
+                before = self._base
+            if before != offset and before in offsets and self._turns(offset):
+                return "rotate", ((line, before),)
+        elif before in offsets and self.shifts:
+            return "shift", ((line, before), (line, before + step * lanes, 0, 0))
+        if step == 1:
+            return "load", ()
+        odd = offset & 1 if self.shares else 0
+        return ("evens", "odds")[odd], tuple((line, offset - odd, half) for half in (0, 1))
+
+    def _turns(self, offset: int) -> bool:
+        """Whether all elements of a vector are lanes of the one that it would be turned from."""
+        width, lanes = self.shape.geometry.out[1], self.target.lanes
+        by = offset // 2 if self.halves == 2 else self.turn(offset)  # one turn after the other
+        span = lanes // 2 if self.halves == 2 and self.each == 2 else width if self.each > 1 else lanes
+        column = np.flatnonzero(self._inside(offset, np.arange(min(width, span))))
+        return bool(((column + by >= 0) & (column + by < span)).all())
+
     def place(self, line: int, offset: int, half: int) -> int:
         """Bytes from the input pointer of a block and tile to a load."""
         (top, _), (left, _) = self.shape.geometry.pads
@@ -176,24 +241,24 @@ class Plan:
         return (line - top) * self.shape.x + 4 * (offset - left + half * self.target.lanes)
 
 
+def _load(key: Key) -> tuple[int, int, int]:
+    """Line, column offset and half of a load."""
+    return key[0], key[1], key[2] if len(key) > 2 else 0
+
+
 def _words(lanes: NDArray[np.bool_]) -> NDArray[np.uint16]:
     """(..., lanes) as one number each, flat."""
     return np.asarray((lanes << np.arange(lanes.shape[-1])).sum(-1), np.uint16).reshape(-1)
 
 
 class Vectors:
-    """Which register holds which vector while the multiply-adds of a block run."""
+    """Which register holds which vector while the multiply-adds of a block run, and how each is made."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.left: dict[Key, int] = {}  # uses to come
-        made: set[Key] = set()
         for key in map(self._key, plan.events):
-            self.left[key] = self.left.get(key, 0) + 1
-            if key not in made:
-                made.add(key)
-                for load in self._loads(key):
-                    self.left[load] = self.left.get(load, 0) + 1
+            self._count(key)
         self.held: dict[Key, int] = {}
         self.free: list[int] = []
         self.most = 0
@@ -201,10 +266,11 @@ class Vectors:
     def _key(self, event: Event) -> Key:
         return self.plan.line_of(*event), int(self.plan.column[event[1]])
 
-    def _loads(self, key: Key) -> tuple[Key, ...]:
-        """What a vector is shuffled out of, if it is not loaded itself."""
-        line, offset = key
-        return () if self.plan.halves == 1 else tuple((line, offset & ~1, half) for half in (0, 1))
+    def _count(self, key: Key) -> None:
+        if key not in self.left:
+            for source in self.plan.recipe(key)[1]:
+                self._count(source)
+        self.left[key] = self.left.get(key, 0) + 1
 
     def _take(self, key: Key) -> int:
         if not self.free:
@@ -218,25 +284,24 @@ class Vectors:
         if not self.left[key]:
             self.free.append(self.held.pop(key))
 
+    def _make(self, key: Key, code: _Code | None) -> None:
+        if key in self.held:
+            return
+        kind, sources = self.plan.recipe(key)
+        for source in sources:
+            self._make(source, code)
+        registers = [self.held[source] for source in sources]
+        register = self._take(key)  # not one of the sources, which are read after it is written
+        for source in sources:
+            self._use(source)
+        if code:
+            code.make(kind, register, registers, key)
+
     def run(self, code: _Code | None) -> int:
         """Emit loads, shuffles and multiply-adds; how many registers they take."""
         for event in self.plan.events:
             key = self._key(event)
-            if key not in self.held:
-                loads = self._loads(key)
-                for load in loads:
-                    if load not in self.held:
-                        register = self._take(load)
-                        if code:
-                            code.load(register, load)
-                sources = [self.held[load] for load in loads]
-                for load in loads:
-                    self._use(load)
-                register = self._take(key)
-                if code and loads:
-                    code.shuffle(register, sources, key[1])
-                elif code:
-                    code.load(register, (*key, 0))
+            self._make(key, code)
             if code:
                 code.multiply(event, self.held[key])
             self._use(key)
@@ -251,6 +316,7 @@ class _Code:
         self.task, self.target = plan.task, plan.target
         self.first = plan.rows + plan.registers  # register of the first weight
         self.bias = self.first + plan.order.size
+        self.index = self.bias + self.task.bias  # registers with the numbers of even and of odd lanes
         self.started: set[int] = set()
         self.slots: dict[bytes, int] = {}  # of a record, by the masks that stand in it
         self.table: list[NDArray[np.uint16]] = []
@@ -266,10 +332,14 @@ class _Code:
 
     def _all_masks(self) -> Iterator[NDArray[np.uint16]]:
         plan = self.plan
-        keys = {(plan.line_of(j, k), int(plan.column[k])) for j, k in plan.events}
-        for line, offset in sorted({(line, offset & -plan.halves) for line, offset in keys}):
-            for half in range(plan.halves):
-                yield plan.loaded(line, offset, half)
+        for key in Vectors(plan).left:
+            kind, _ = plan.recipe(key)
+            if kind == "rotate":
+                yield plan.columns(key[1])
+            elif kind == "fill":
+                yield plan.filled(key)
+            elif kind == "load":
+                yield plan.loaded(*_load(key))
         for accumulator in range(plan.rows):
             for half in range(plan.each if plan.halves == 2 else 1):
                 yield plan.stored(accumulator, half)
@@ -293,22 +363,33 @@ class _Code:
             self.passing = number
         return last
 
-    def load(self, register: int, key: Key) -> None:
-        register += self.plan.rows
-        words = self.plan.loaded(*key)
-        place = {"ptr": S.X, "disp": self.plan.place(*key)}
-        if not words.any():
-            self.b.emit("zero", d=register)
-            return
-        number = self._slot(words)
-        if number is None:
-            self.b.emit("load", d=register, **place)
+    def make(self, kind: str, register: int, sources: list[int], key: Key) -> None:
+        """A vector, from memory or from others."""
+        b, plan = self.b, self.plan
+        register, (a, c) = register + plan.rows, ([source + plan.rows for source in sources] + [0, 0])[:2]
+        if kind in ("evens", "odds"):
+            b.emit("mov", d=register, a=a)
+            b.emit("pick", d=register, a=self.index + (kind == "odds"), b=c)
+        elif kind == "shift":
+            b.emit("lanes_from", d=register, a=a, b=c, disp=1)
+        elif kind == "rotate":
+            number = self._slot(plan.columns(key[1]))
+            lanes = plan.turn(key[1]) % self.target.lanes
+            if number is None:
+                b.emit("lanes_from", d=register, a=a, b=a, disp=lanes)
+            else:
+                b.emit("rotate_by_mask", d=register, a=a, b=self._mask(number), disp=lanes)
         else:
-            self.b.emit("load_by_mask", d=register, b=self._mask(number), **place)
-
-    def shuffle(self, register: int, sources: list[int], offset: int) -> None:
-        a, b = (source + self.plan.rows for source in sources)
-        self.b.emit("odds4" if offset & 1 else "evens4", d=register + self.plan.rows, a=a, b=b)
+            words = plan.filled(key) if kind == "fill" else plan.loaded(*_load(key))
+            number = self._slot(words)
+            place = {"ptr": S.X, "disp": plan.place(*_load(key))}
+            name = "bcast" if kind == "fill" else "load"
+            if not words.any():
+                b.emit("zero", d=register)
+            elif number is None:
+                b.emit(name, d=register, **place)
+            else:
+                b.emit(f"{name}_by_mask", d=register, b=self._mask(number), **place)
 
     def multiply(self, event: Event, register: int) -> None:
         accumulator, rank = event
@@ -335,9 +416,6 @@ class _Code:
         """A tile of a block, from where X, Y and PANEL point."""
         b, plan = self.b, self.plan
         Vectors(plan).run(self)
-        if plan.halves == 2:
-            for accumulator in range(plan.rows):
-                b.emit("unzip2", d=accumulator, a=accumulator)
         template = epilogue.template(self.task, self.target, b)
         if template is not None:
             where = {}
@@ -362,6 +440,10 @@ class _Code:
             b.emit("s_arg", d=register, disp=slot.byte)
         b.emit("s_arg", d=S.TMP, disp=Arg.IMAGES.byte)
         b.emit("s_put", a=S.TMP, disp=Arg.IMAGES_LEFT.byte)
+        if plan.halves == 2:
+            b.emit("s_arg", d=S.TMP, disp=Arg.PANEL.byte)
+            for odd in (0, 1):
+                b.emit("load", d=self.index + odd, ptr=S.TMP, disp=odd * self.target.tile_bytes)
         once = plan.records == 1
         if once:
             self._resident()

@@ -43,8 +43,11 @@ class ChannelsProduct(NativeProduct):
 
     def new_frame(self, key: tuple[int, ...], offset: int) -> Frame:
         """An argument block for one image, whose channels are the program's images."""
-        frame = Frame(SLOTS, 0)
+        lanes = self.target.lanes
+        frame = Frame(SLOTS, 2 * lanes)
         s = frame.slots
+        frame.scratch.view(np.int32)[:] = np.arange(2 * lanes).reshape(lanes, 2).T.reshape(-1)
+        s[Arg.PANEL] = address_of(frame.scratch)
         s[Arg.IMAGES], s[Arg.X_IMAGE], s[Arg.Y_IMAGE], s[Arg.R_IMAGE] = self.task.pattern.rows, key[4], key[8], key[11]
         s[Arg.X_LAST], s[Arg.Y_LAST] = self.plan.blocks[-1], self.plan.tiles[-1]
         s[Arg.MASKS] = address_of(self.table)

@@ -60,8 +60,9 @@ RECIPES = {
         "evens": "vshufps reg=d vvvv=a rm=b imm=136; vpermpd_imm reg=d rm=d imm=216; "
                  "vshuff64x2 reg=d vvvv=d rm=d imm=216",
         "mask_bits": "kmovw reg=d+3 mem", "store_by_mask": "vmovups_st reg=a mem mask=b+3",
-        "evens4": "vshufps reg=d vvvv=a rm=b imm=136", "odds4": "vshufps reg=d vvvv=a rm=b imm=221",
-        "unzip2": "vpermpd_imm reg=d rm=a imm=216; vshuff64x2 reg=d vvvv=d rm=d imm=216",
+        "bcast_by_mask": "vbroadcastss reg=d mem mask=b+3 zero=1", "pick": "vpermt2ps reg=d vvvv=a rm=b",
+        "lanes_from": "valignd reg=d vvvv=b rm=a imm",
+        "rotate_by_mask": "valignd reg=d vvvv=a rm=a imm mask=b+3 zero=1",
     },
     VEX256: _COMMON | _SCALAR | {
         "zero": "vxorps reg=d vvvv=d rm=d", "round": "vroundps reg=d rm=a imm=8", "shl": "vpslld_vex vvvv=d rm=a imm",
@@ -70,8 +71,6 @@ RECIPES = {
         "set_mask": "vmovups reg=15 mem", "load_mask": "vmaskmovps reg=d vvvv=15 mem",
         "store_mask": "vmaskmovps_st reg=a vvvv=15 mem",
         "evens": "vshufps reg=d vvvv=a rm=b imm=136; vpermpd_imm reg=d rm=d imm=216",
-        "evens4": "vshufps reg=d vvvv=a rm=b imm=136", "odds4": "vshufps reg=d vvvv=a rm=b imm=221",
-        "unzip2": "vpermpd_imm reg=d rm=a imm=216",
     },
 }  # fmt: skip
 """By vector encoding. Masks of the copies are k2, or ymm15: they occur outside the accumulate loop only. The numbered
