@@ -96,7 +96,7 @@ class Plan:
         vectors = -(-height // self.each)
         left = target.registers - self.order.size - task.bias - 2 * (self.halves == 2)
         self.tiles = np.minimum(np.arange(-(-width // lanes)) * lanes, max(0, width - lanes))
-        self.rows, self.shifts = 0, True
+        self.rows = 0
         for walk in (self._by_line, self._by_accumulator, self._by_phase):
             if walk == self._by_line and window.stride != (1, 1):
                 continue
@@ -106,7 +106,8 @@ class Plan:
             self.registers = max(Vectors(self).run(None), _temporaries(task, target))
             most = min(MOST_ROWS, left - self.registers)
             if most >= min(_LEAST_ROWS, vectors):
-                self.rows = -(-vectors // -(-vectors // most))
+                # Blocks overlap at the end, and every block makes a few vectors of its own.
+                self.rows = min(range(1, most + 1), key=lambda rows: (-(-vectors // rows) * (rows + 0.5), -rows))
                 self.events = list(walk(self.rows))
                 break
         if not self.rows:
@@ -218,7 +219,7 @@ class Plan:
                 before = self._base
             if before != offset and before in offsets and self._turns(offset):
                 return "rotate", ((line, before),)
-        elif before in offsets and self.shifts:
+        elif step == 2 and before in offsets:
             return "shift", ((line, before), (line, before + step * lanes, 0, 0))
         if step == 1:
             return "load", ()
