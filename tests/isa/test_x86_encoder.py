@@ -139,7 +139,7 @@ def operands_of(name: str, enc: int) -> list[str]:
     if "m" not in row.operands:
         return ["opcode" if "o" in row.operands else "none"]
     rm = next(o for o in row.operands.split() if o[0] == "m")
-    kinds = [] if rm == "mq" else ["register"]
+    kinds = [] if rm in ("mq", "mw") else ["register"]
     if name not in REGISTERS_ONLY:
         kinds += ["memory"] + ([] if row.imm else ["rip"])  # no RIP operand has an immediate (encoder._resolve)
         kinds += ["broadcast"] if enc in EVEX and row.tuple == Tuple.FULL else []

@@ -119,9 +119,8 @@ LANES: dict[str, Callable[[Lanes, Lanes, Lanes], Lanes]] = {
     "zip2_lo": lambda d, a, b: _zip(a, b, 0, 2),  # a0 a1 b0 b1
     "zip2_hi": lambda d, a, b: _zip(a, b, 1, 2),  # a2 a3 b2 b3
     "evens": lambda d, a, b: np.concatenate([a[::2], b[::2]]),
-    "pick": lambda d, a, b: np.concatenate([d, b])[_bits(a) % (2 * d.size)],  # of d and b, by the numbers in a
 }
-_READS_D = ("fma_acc", "fma_mul", "fnma_acc", "fnma_mul", "select_neg", "pick")
+_READS_D = ("fma_acc", "fma_mul", "fnma_acc", "fnma_mul", "select_neg")
 
 
 class Machine:
@@ -230,11 +229,15 @@ def _mask_from(m: Machine, r: Row) -> None:
     m.masks[r.d] = _bits(m.read(r, m.lanes)) >> 31 != 0
 
 
-def _load_by_mask(m: Machine, r: Row) -> None:
+def _numbered(m: Machine, r: Row) -> NDArray[np.bool_]:
     if r.b not in m.masks:
         raise m.fail(f"mask {r.b} is used before it is set")
-    d, start = np.zeros(m.lanes, np.float32), m.address(r)
-    for i in np.flatnonzero(m.masks[r.b]).tolist():
+    return m.masks[r.b]
+
+
+def _load_by_mask(m: Machine, r: Row) -> None:
+    mask, d, start = _numbered(m, r), np.zeros(m.lanes, np.float32), m.address(r)
+    for i in np.flatnonzero(mask).tolist():
         d[i] = m.bytes(start + 4 * i & _WORD, 4).view(np.float32)[0]
     m.vector[r.d] = d
 
@@ -246,15 +249,14 @@ def _mask_bits(m: Machine, r: Row) -> None:
     m.masks[r.d] = bits >> np.arange(m.lanes) & 1 != 0
 
 
-def _numbered(m: Machine, r: Row) -> NDArray[np.bool_]:
-    if r.b not in m.masks:
-        raise m.fail(f"mask {r.b} is used before it is set")
-    return m.masks[r.b]
-
-
 def _bcast_by_mask(m: Machine, r: Row) -> None:
     mask = _numbered(m, r)
     m.vector[r.d] = np.where(mask, m.read(r, 1)[0] if mask.any() else np.float32(0), np.float32(0))
+
+
+def _pick(m: Machine, r: Row) -> None:
+    both = np.concatenate([m.lane(r.d), m.lane(r.b)])
+    m.vector[r.d] = both[_bits(m.lane(r.a)) % both.size]
 
 
 def _lanes_from(m: Machine, r: Row) -> None:
@@ -359,6 +361,7 @@ EFFECTS: dict[str, Callable[[Machine, Row], None]] = {
     "mask_bits": _mask_bits,  # mask d from 16 bits in memory
     "store_by_mask": _store_by_mask,
     "bcast_by_mask": _bcast_by_mask,
+    "pick": _pick,  # lanes of d and then b, by the numbers in a
     "lanes_from": _lanes_from,  # of a and then b, from a lane of a on
     "rotate_by_mask": _rotate_by_mask,  # lane i from lane i + disp, zero where mask b is off
     "prefetch": _prefetch,

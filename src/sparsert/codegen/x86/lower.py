@@ -101,7 +101,13 @@ def _parse(recipe: str, vector_encoding: int) -> list[_Part]:
         encoding = LEGACY
         if row is None:
             row = ROW[name]
-            encoding = LEGACY if "L" in ROWS[name].encodings else VEX256 if "E" not in ROWS[name].encodings else vector_encoding
+            encoding = (
+                LEGACY
+                if "L" in ROWS[name].encodings
+                else VEX256
+                if "E" not in ROWS[name].encodings
+                else vector_encoding
+            )
         sources: dict[str, Any] = {}
         for item in fields:
             key, _, value = item.partition("=")

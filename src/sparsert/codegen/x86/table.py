@@ -6,7 +6,8 @@ bytes, the operands in Intel order, and in which encodings it exists: ``L`` lega
 
 Operand letters: ``r`` ModRM.reg, ``v`` VEX.vvvv, ``m`` ModRM.rm (register or memory), ``i`` immediate, ``s`` register
 in the upper half of the immediate byte (is4), ``o`` register in the opcode, ``b`` a branch displacement.  Their kinds:
-``x`` vector, ``g`` 64-bit general, ``k`` mask, ``q`` memory only, ``4`` 128-bit vector or memory.
+``x`` vector, ``g`` 64-bit general, ``k`` mask, ``q`` memory only,
+``w`` 16 bits of memory, ``4`` 128-bit vector or memory.
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ ROWS: dict[str, Row] = {
     "vshuff64x2":     Row(P66, M0F3A, 0x23, 1, _FM, "rx vx mx i", "E", imm=1),
     "valignd":        Row(P66, M0F3A, 0x03, 0, _F, "rx vx mx i", "E", imm=1),
     "vpermt2ps":      Row(P66, M0F38, 0x7F, 0, _F, "rx vx mx", "E"),
-    "kmovw":          Row(P00, M0F,   0x90, 0, _N, "rk mq", "V", fixed_length=0),
+    "kmovw":          Row(P00, M0F,   0x90, 0, _N, "rk mw", "V", fixed_length=0),
 }  # fmt: skip
 
 NAMES = tuple(ROWS)
