@@ -15,6 +15,10 @@ from sparsert.codegen.x86.encoder import EVEX512, VEX256
 from sparsert.codegen.x86.lower import GPR, RECIPES
 from sparsert.errors import InternalError
 
+WITH_MASKS = {"mask_from", "load_by_mask", "mask_bits", "store_by_mask", "bcast_by_mask", "pick", "lanes_from",
+              "rotate_by_mask"}  # fmt: skip
+"""Operations for ISAs that have mask registers."""
+
 
 def table(builder: Builder) -> list[tuple[Any, ...]]:
     columns = builder.finish().columns
@@ -28,6 +32,7 @@ def test_the_vocabulary_is_numbered_and_named_once() -> None:
         "load", "store", "bcast", "fma_bcast", "mul_bcast", "load4", "insert4", "store4", "set_mask", "load_mask",
         "store_mask", "prefetch", "prefetch_near", "load_bytes", "expand", "s_load", "s_load32", "s_store32",
         "s_at8", "s_at16", "s_at32", "s_store", "s_exchange", "s_fetch_add", "s_replace", "mask_from", "load_by_mask",
+        "mask_bits", "store_by_mask", "bcast_by_mask",
     }  # fmt: skip
     assert all(set(op.form) <= set("dabmi") and len(set(op.form)) == len(op.form) for op in OPS)
 
@@ -36,9 +41,8 @@ def test_each_encoding_has_a_recipe_for_what_kernels_may_emit_there() -> None:
     everything = {op.name for op in OPS}
     everything -= {"fma_lane", "mul_lane"}  # elements of registers: nothing on x86 multiplies by one
     assert set(RECIPES[EVEX512]) == everything
-    assert set(RECIPES[VEX256]) == everything - {
-        "fma_bcast", "mul_bcast",  # AVX2 broadcasts in an instruction of its own,
-        "mask_from", "load_by_mask",  # has no mask registers,
+    assert set(RECIPES[VEX256]) == everything - WITH_MASKS - {
+        "fma_bcast", "mul_bcast",  # AVX2 broadcasts in an instruction of its own, has no mask registers,
         "sign_mask", "expand", "lookup2", "fma_mask", "s_skip",  # and sums few columns without lookups
     }  # fmt: skip
 
@@ -114,6 +118,34 @@ def test_labels_have_one_place_each(placed: list[int]) -> None:
         b.place(label)
     with pytest.raises(InternalError, match="exactly once"):
         check(b.finish())
+
+
+def test_what_shuffles_lanes_and_masks_by_bits() -> None:
+    b = Builder()
+    for register, slot in ((S.X, 0), (S.Y, 8), (S.PANEL, 16)):
+        b.emit("s_arg", d=register, disp=slot)
+    b.emit("mask_bits", d=0, ptr=S.PANEL)
+    b.emit("mask_bits", d=1, ptr=S.PANEL, disp=2)
+    for register in range(3):
+        b.emit("load", d=register, ptr=S.X, disp=16 * register)
+    b.emit("lanes_from", d=3, a=0, b=1, disp=1)
+    b.emit("store", a=3, ptr=S.Y)
+    b.emit("rotate_by_mask", d=3, a=0, b=0, disp=3)
+    b.emit("store", a=3, ptr=S.Y, disp=16)
+    b.emit("bcast_by_mask", d=3, b=0, ptr=S.X, disp=4)
+    b.emit("store", a=3, ptr=S.Y, disp=32)
+    b.emit("bcast_by_mask", d=3, b=1, ptr=S.X, disp=-4)  # outside of memory, but no lane is on
+    b.emit("store", a=3, ptr=S.Y, disp=48)
+    b.emit("pick", d=0, a=2, b=1)
+    b.emit("store_by_mask", a=0, b=0, ptr=S.Y, disp=64)
+    b.emit("leave")
+    x = np.array([0, 1, 2, 3, 4, 5, 6, 7, 0, 0, 0, 0], np.float32)
+    x.view(np.int32)[8:] = [7, 1, 0, 4]
+    masks, y = np.array([0b0110, 0], np.uint16), np.full(20, 9, np.float32)
+    args = np.array([1 << 12, 1 << 16, 1 << 20], np.int64)
+    memory = {"x": interpreter.region(1 << 12, x), "y": interpreter.region(1 << 16, y)}
+    interpreter.run(b.finish(), 4, args, {**memory, "masks": interpreter.region(1 << 20, masks)})
+    assert y.reshape(5, 4).tolist() == [[1, 2, 3, 4], [0, 0, 1, 0], [0, 1, 1, 0], [0] * 4, [9, 1, 0, 9]]
 
 
 def test_numbered_masks_select_lanes() -> None:

@@ -234,13 +234,51 @@ def _mask_from(m: Machine, r: Row) -> None:
     m.masks[r.d] = _bits(m.read(r, m.lanes)) >> 31 != 0
 
 
-def _load_by_mask(m: Machine, r: Row) -> None:
+def _numbered(m: Machine, r: Row) -> NDArray[np.bool_]:
     if r.b not in m.masks:
         raise m.fail(f"mask {r.b} is used before it is set")
-    d, start = np.zeros(m.lanes, np.float32), m.address(r)
-    for i in np.flatnonzero(m.masks[r.b]).tolist():
+    return m.masks[r.b]
+
+
+def _load_by_mask(m: Machine, r: Row) -> None:
+    mask, d, start = _numbered(m, r), np.zeros(m.lanes, np.float32), m.address(r)
+    for i in np.flatnonzero(mask).tolist():
         d[i] = m.bytes(start + 4 * i & _WORD, 4).view(np.float32)[0]
     m.vector[r.d] = d
+
+
+def _mask_bits(m: Machine, r: Row) -> None:
+    if m.lanes > 16:
+        raise m.fail("masks have 16 bits")
+    bits = int(m.bytes(m.address(r), 2).copy().view(np.uint16)[0])
+    m.masks[r.d] = bits >> np.arange(m.lanes) & 1 != 0
+
+
+def _bcast_by_mask(m: Machine, r: Row) -> None:
+    mask = _numbered(m, r)
+    m.vector[r.d] = np.where(mask, m.read(r, 1)[0] if mask.any() else np.float32(0), np.float32(0))
+
+
+def _pick(m: Machine, r: Row) -> None:
+    both = np.concatenate([m.lane(r.d), m.lane(r.b)])
+    m.vector[r.d] = both[_bits(m.lane(r.a)) % both.size]
+
+
+def _lanes_from(m: Machine, r: Row) -> None:
+    both = np.concatenate([m.lane(r.a), m.lane(r.b)])
+    if not 0 <= r.disp < m.lanes:
+        raise m.fail(f"there is no lane {r.disp}")
+    m.vector[r.d] = both[r.disp : r.disp + m.lanes]
+
+
+def _rotate_by_mask(m: Machine, r: Row) -> None:
+    m.vector[r.d] = np.where(_numbered(m, r), np.roll(m.lane(r.a), -r.disp), np.float32(0))
+
+
+def _store_by_mask(m: Machine, r: Row) -> None:
+    mask, value, start = _numbered(m, r), m.lane(r.a), m.address(r)
+    for i in np.flatnonzero(mask).tolist():
+        m.bytes(start + 4 * i & _WORD, 4)[:] = value[i : i + 1].view(np.uint8)
 
 
 def _store_mask(m: Machine, r: Row) -> None:
@@ -414,6 +452,12 @@ EFFECTS: dict[str, Callable[[Machine, Row], None]] = {
     "store_mask": _store_mask,
     "mask_from": _mask_from,  # one of several masks, d, from the sign bits of a vector in memory
     "load_by_mask": _load_by_mask,  # zero where mask b is off
+    "mask_bits": _mask_bits,  # mask d from 16 bits in memory
+    "store_by_mask": _store_by_mask,
+    "bcast_by_mask": _bcast_by_mask,
+    "pick": _pick,  # lanes of d and then b, by the numbers in a
+    "lanes_from": _lanes_from,  # of a and then b, from a lane of a on
+    "rotate_by_mask": _rotate_by_mask,  # lane i from lane i + disp, zero where mask b is off
     "prefetch": _prefetch,  # into the second-level cache
     "prefetch_near": _prefetch,  # into the first
     "load_bytes": _load_bytes,  # as many bytes as there are lanes, sign-extended to integers

@@ -86,6 +86,8 @@ def _table() -> tuple[Op, ...]:
         "evens": "dab", "mask_from": "dm", "load_by_mask": "dmb",
         "load_bytes": "dm", "sign_mask": "a", "expand": "dm", "lookup2": "dab", "fma_mask": "dab",
         "prefetch_near": "m",
+        "mask_bits": "dm", "store_by_mask": "amb", "bcast_by_mask": "dmb",
+        "pick": "dab", "lanes_from": "dabi", "rotate_by_mask": "dabi",
     }  # fmt: skip
     scalar = {
             "s_arg": "di", "s_put": "ai", "s_mov": "da", "s_add": "da", "s_sub": "da", "s_addi": "di", "s_set": "di",

@@ -37,7 +37,8 @@ def template(task: Task, target: Target, b: Builder) -> Template | None:
 
 
 def apply(b: Builder, code: Template, accumulators: int, place: dict[str, Any]) -> None:
-    """Run ``code`` on accumulators 0 .. n-1; ``place`` tells where each one's residual lies (ptr, step, disp)."""
+    """Run ``code`` on accumulators 0 .. n-1; ``place`` tells where each one's residual lies (ptr, step, disp), and
+    the operation and mask that load it, if it is not ``load``."""
     if any(value < 0 for _, value in code.preload) or any(row[3] < 0 for row in code.rows):
         b.emit("s_const", d=S.CONST)
     for register, constant in code.preload:
@@ -53,9 +54,9 @@ def apply(b: Builder, code: Template, accumulators: int, place: dict[str, Any]) 
         real = np.where(column >= 0, column + n, column)
         return np.where(column == ACCUMULATOR, own, real).reshape(-1)
 
-    loads = [row[0] == "residual" for row in code.rows]
+    loads, load, mask = [row[0] == "residual" for row in code.rows], place.pop("op", OP["load"]), place.pop("b", 0)
     ops = np.tile(
-        np.array([OP["load" if load else row[0]] for load, row in zip(loads, code.rows, strict=True)], np.uint8), n
+        np.array([load if loaded else OP[row[0]] for loaded, row in zip(loads, code.rows, strict=True)], np.uint8), n
     )
     at_load = np.tile(np.array(loads), n)
     memory = {key: np.where(at_load, np.repeat(np.broadcast_to(value, n), length), 0) for key, value in place.items()}
@@ -63,5 +64,5 @@ def apply(b: Builder, code: Template, accumulators: int, place: dict[str, Any]) 
     memory["disp"] = memory.get("disp", 0) + immediate
     b.emit_many(
         ops, n * length, spread([r[1] for r in code.rows]), spread([r[2] for r in code.rows]),
-        spread([r[3] for r in code.rows]), **memory,
+        np.where(at_load, mask, spread([r[3] for r in code.rows])), **memory,
     )  # fmt: skip

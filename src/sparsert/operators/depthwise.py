@@ -1,4 +1,4 @@
-"""A compiled depthwise convolution on the CPU: code for blocks of image rows, made when an image needs it."""
+"""A compiled depthwise convolution on the CPU: code for images of a shape, made when the first one comes."""
 
 from __future__ import annotations
 
@@ -6,29 +6,33 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..codegen.assemble import assemble
+from ..codegen.vector import Program
 from ..kernels import depthwise
-from ..kernels.arguments import Arg
+from ..kernels.arguments import SLOTS, Arg
 from ..runtime.cpu import Executable, address_of
 from ..runtime.memory import aligned_empty
 from ..sparsity.geometry import Geometry
+from .arrays import overlaps
 from .images import ConvProduct
 from .native import Array, Binding, Loaded, NativeProduct
 from .team import Solo
 
-_MOST_PLANE = 1 << 18  # floats of a channel's planes: larger ones go band by band, as all convolutions do
+_MOST_SHAPES = 32  # whose code is kept
 
 
 class ChannelsProduct(NativeProduct):
-    """The fast form, for blocks of ``rows`` image rows; its frames are those of one image each."""
+    """The fast form, for images of one shape; its frames are those of one image each."""
 
-    def __init__(self, general: ConvProduct, rows: int, tail: int) -> None:
-        task, target = general.task, general.target
-        program = depthwise.generate(task, general.window, target, rows, tail)
-        code = assemble(program, target.isa)
-        super().__init__(task, general.schedule, target, general.kernel, Executable(code.code))
-        self.general, self.rows, self.unit = general, rows, 1
+    def __init__(
+        self, general: ConvProduct, program: Program, table: NDArray[np.uint16], plan: depthwise.Plan
+    ) -> None:  # fmt: skip
+        code = assemble(program, general.target.isa)
+        super().__init__(general.task, general.schedule, general.target, general.kernel, Executable(code.code))
+        self.unit, self.plan, self.table = 1, plan, aligned_empty(table.size, np.uint16)
+        self.table[:] = table.reshape(-1)
 
     def bind_key(self, key: tuple[int, ...]) -> Binding:
         """The binding for a key of :meth:`ConvProduct.bind`."""
@@ -37,34 +41,17 @@ class ChannelsProduct(NativeProduct):
 
     def new_frame(self, key: tuple[int, ...], offset: int) -> Solo:
         """An argument block for one image, whose channels are the program's images."""
-        base = self.general.channel_frame((1, *key[1:]))
-        height, width = key[1:3]
-        x, y, r = key[3:6], key[7:10], key[10:13]
-        window, lanes = self.general.window, self.target.lanes
-        geometry = Geometry(window, (height, width), self.general.padding.resolve((height, width), window))
-        (rows, columns), s = geometry.out, base.slots
-        pitch, total = columns, rows * columns
-        blocks, tiles = -(-rows // self.rows), -(-columns // lanes)
-        s[Arg.IMAGES], s[Arg.X_IMAGE], s[Arg.Y_IMAGE], s[Arg.R_IMAGE] = self.task.pattern.rows, x[1], y[1], r[1]
-        s[Arg.TILES], s[Arg.GROUP] = blocks, tiles
-        s[Arg.R_LAST], s[Arg.Y_LAST] = 4 * max(columns - lanes, 0), 4 * (rows - self.rows) * pitch
-        last = max(0, total - (self.rows - 1) * pitch - lanes)  # 0: one block, whose tail is cut
-        s[Arg.X_LAST] = 4 * last
-        s[Arg.Y_GROUP] = 4 * self.rows * pitch
-        s[Arg.Y_PITCH], s[Arg.R_PITCH] = 4 * pitch, 4 * pitch
-        if window.masks:
-            table = aligned_empty(blocks * tiles * window.masks * lanes, np.int32).reshape(-1, window.masks, lanes)
-            band = geometry.band((0, rows))
-            at = np.minimum(np.arange(blocks) * self.rows, rows - self.rows)[:, None] * pitch
-            at = at + np.minimum(np.arange(tiles) * lanes, max(columns - lanes, 0))
-            at = np.minimum(at.reshape(-1), last)
-            column = (at[:, None] + np.arange(lanes)) % pitch
-            for number, place in enumerate(window.mask_places):
-                table[:, number] = -band.mask(*place)[column].astype(np.int32)
-            s[Arg.MASKS] = address_of(table)
-            base.kept = table
-        base.call = self.executable.call
-        return base
+        lanes = self.target.lanes
+        frame = Solo(SLOTS, 2 * lanes)
+        frame.call = self.executable.call
+        s = frame.slots
+        frame.scratch.view(np.int32)[:] = np.arange(2 * lanes).reshape(lanes, 2).T.reshape(-1)
+        s[Arg.PANEL] = address_of(frame.scratch)
+        s[Arg.IMAGES], s[Arg.X_IMAGE], s[Arg.Y_IMAGE], s[Arg.R_IMAGE] = self.task.pattern.rows, key[4], key[8], key[11]
+        s[Arg.X_LAST], s[Arg.Y_LAST] = self.plan.blocks[-1], self.plan.tiles[-1]
+        s[Arg.MASKS] = address_of(self.table)
+        frame.kept = self.table
+        return frame
 
 
 class DepthwiseProduct(ConvProduct):
@@ -72,7 +59,7 @@ class DepthwiseProduct(ConvProduct):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._by_rows: dict[tuple[int, int], ChannelsProduct] = {}
+        self._by_shape: dict[tuple[int, ...], ChannelsProduct | None] = {}
         self._channel_values = Loaded({}, {})
 
     def load(self, values: Array, bias: Array | None) -> None:
@@ -82,38 +69,41 @@ class DepthwiseProduct(ConvProduct):
         kept = aligned_empty(packed.size)
         kept[:] = packed.reshape(-1)
         self._channel_values = Loaded({0: (kept,)}, {0: (address_of(kept),)})
-        for product in self._by_rows.values():
-            product.values[0] = self._channel_values
+        for product in list(self._by_shape.values()):
+            if product is not None:
+                product.values[0] = self._channel_values
 
     def bind(self, x: Array, y: Array, r: Array | None, columns: int) -> Any:
         """The binding for arrays like these."""
         general = super().bind(x, y, r, columns)
-        size = (x.shape[2], columns)
-        geometry = Geometry(self.window, size, self.padding.resolve(size, self.window))
-        block = self._block(geometry)
-        arrays = (y,) if r is None else (y, r)
-        if block is None or any(a.strides[2] != 4 * geometry.out[1] for a in arrays):
+        if not self.window.masked and r is not None and overlaps(r, y):
+            return general  # tiles that overlap would read what others have written
+        product = self._product(general.key)
+        if product is None:
             return general
-        if block not in self._by_rows:
-            product = ChannelsProduct(self, *block)
-            product.values[0] = self._channel_values
-            self._by_rows[block] = product
-        one = self._by_rows[block].bind_key(general.key)
+        one = product.bind_key(general.key)
         if x.shape[0] == 1:
             return one
         return EachImage(one, x.shape[0], x.strides[0], y.strides[0], 0 if r is None else r.strides[0])
 
-    def _block(self, geometry: Geometry) -> tuple[int, int] | None:
-        """Image rows per block, and of them those behind which a tile reaches beyond the plane; None: not this way."""
-        (rows, columns), lanes = geometry.out, self.target.lanes
-        planes = len(self.window.phases) * geometry.band((0, rows)).floats
-        if planes > _MOST_PLANE or rows * columns < lanes:
-            return None
-        parts = -(-rows // depthwise.most_rows(self.task, self.target))
-        each = -(-rows // parts)
-        if (rows - each + 1) * columns >= lanes:
-            return each, 0
-        return (each, min(each, -(-lanes // columns) - 1)) if parts == 1 else None
+    def _product(self, key: tuple[int, ...]) -> ChannelsProduct | None:
+        """The code for images like these; None: not this way."""
+        _, height, width = key[:3]
+        shape = height, width, key[5], key[9], key[12]
+        if shape in self._by_shape:
+            return self._by_shape[shape]
+        size = height, width
+        geometry = Geometry(self.window, size, self.padding.resolve(size, self.window))
+        product = None
+        if key[9] == 4 * geometry.out[1] and key[12] in (0, key[9]):
+            made = depthwise.generate(self.task, self.target, depthwise.Shape(geometry, *shape[2:]))
+            product = None if made is None else ChannelsProduct(self, *made)
+        if len(self._by_shape) >= _MOST_SHAPES:
+            self._by_shape.clear()
+        self._by_shape[shape] = product
+        if product is not None:
+            product.values[0] = self._channel_values
+        return product
 
     def run(self, x: Array, y: Array, r: Array | None, columns: int) -> None:
         """One call."""

@@ -83,7 +83,8 @@ def instruction_text(name: str, enc: int, c: dict[str, int], bcast: bool = False
         if c.get("disp"):
             text += f"{'+' if c['disp'] > 0 else '-'}{abs(c['disp']):#x}"
         broadcast = f"{{1to{4 << length}}}" if bcast else ""
-        size = ("dword" if bcast or row.tuple == Tuple.T1S else
+        size = ("word" if kind == "w" else
+                "dword" if bcast or row.tuple == Tuple.T1S else
                 "xmmword" if kind == "4" or (length == 0 and kind in "xq") else
                 ("", "ymmword", "zmmword")[length])  # fmt: skip
         if row.tuple == Tuple.QUARTER:

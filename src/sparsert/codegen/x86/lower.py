@@ -74,6 +74,10 @@ RECIPES = {
         "sign_mask": "vpmovd2m reg=2 rm=a", "expand": "vexpandps reg=d mem mask=2 zero=1",
         "lookup2": "vpermi2ps reg=d vvvv=a rm=b", "fma_mask": "vfmadd231ps reg=d vvvv=a rm=b mask=2",
         "s_skip": "kmovw reg=15 rm=2; popcnt reg=15 rm=15; lea reg=d base=d index=15 scale=2",
+        "mask_bits": "kmovw_load reg=d+3 mem", "store_by_mask": "vmovups_st reg=a mem mask=b+3",
+        "bcast_by_mask": "vbroadcastss reg=d mem mask=b+3 zero=1", "pick": "vpermt2ps reg=d vvvv=a rm=b",
+        "lanes_from": "valignd reg=d vvvv=b rm=a imm",
+        "rotate_by_mask": "valignd reg=d vvvv=a rm=a imm mask=b+3 zero=1",
     },
     VEX256: _COMMON | _SCALAR | {
         "zero": "vxorps reg=d vvvv=d rm=d", "round": "vroundps reg=d rm=a imm=8", "shl": "vpslld_vex vvvv=d rm=a imm",
@@ -107,7 +111,6 @@ _KIND = np.array(
     [_MEMORY * ("m" in op.form) + _WRITES * (op.scalar and "d" in op.form) for op in OPS], np.uint8
 )  # both, where a scalar is loaded
 
-_VEX_ONLY = ("vzeroupper", "kmovw")
 
 _Part = tuple[int, int, dict[str, Any]]
 
@@ -120,7 +123,8 @@ def _parse(recipe: str, vector_encoding: int) -> list[_Part]:
         encoding = LEGACY
         if row is None:
             row = ROW[name]
-            encoding = LEGACY if "L" in ROWS[name].encodings else VEX256 if name in _VEX_ONLY else vector_encoding
+            form = ROWS[name].encodings
+            encoding = LEGACY if "L" in form else vector_encoding if "E" in form else VEX256
         sources: dict[str, Any] = {}
         for item in fields:
             key, _, value = item.partition("=")

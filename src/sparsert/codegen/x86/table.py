@@ -134,6 +134,9 @@ ROWS: dict[str, Row] = {
     "vshufps":        Row(P00, M0F,   0xC6, 0, _F, "rx vx mx i", "VE", imm=1),
     "vpermpd_imm":    Row(P66, M0F3A, 0x01, 1, _FM, "rx mx i", "VE", imm=1, mnemonic="vpermpd"),
     "vshuff64x2":     Row(P66, M0F3A, 0x23, 1, _FM, "rx vx mx i", "E", imm=1),
+    "valignd":        Row(P66, M0F3A, 0x03, 0, _F, "rx vx mx i", "E", imm=1),
+    "vpermt2ps":      Row(P66, M0F38, 0x7F, 0, _F, "rx vx mx", "E"),
+    "kmovw_load":     Row(P00, M0F,   0x90, 0, _N, "rk mw", "V", fixed_length=0, mnemonic="kmovw"),
 }  # fmt: skip
 
 NAMES = tuple(ROWS)
