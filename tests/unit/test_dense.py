@@ -376,4 +376,5 @@ def test_rows_of_the_output_and_the_residual_may_lie_backwards(target: str, colu
     memory = np.zeros((31 + 8, columns), np.float32)
     op(x, out=memory[4:-4][::-1], residual=residual[::-1].copy()[::-1])
     assert np.array_equal(memory[4:-4][::-1], wanted)
-    assert not memory[:4].any() and not memory[-4:].any()
+    assert not memory[:4].any()
+    assert not memory[-4:].any()

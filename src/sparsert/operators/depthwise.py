@@ -113,7 +113,9 @@ class DepthwiseProduct(ConvProduct):
         each = -(-rows // parts)
         if (rows - each + 1) * columns >= lanes:
             return each, 0
-        return (each, min(each, -(-lanes // columns) - 1)) if parts == 1 else None
+        if parts > 1 or self.task.residual:  # a residual is read by whole vectors, which here reach beyond its end
+            return None
+        return each, min(each, -(-lanes // columns) - 1)
 
     def run(self, x: Array, y: Array, r: Array | None, columns: int) -> None:
         """One call."""
