@@ -77,13 +77,14 @@ class DepthwiseProduct(ConvProduct):
 
     def load(self, values: Array, bias: Array | None) -> None:
         """Pack new values; calls under way keep the ones they started with."""
-        super().load(values, bias)
         packed = depthwise.pack(self.task, values, bias)
         kept = aligned_empty(packed.size)
         kept[:] = packed.reshape(-1)
-        self._channel_values = Loaded({0: (kept,)}, {0: (address_of(kept),)})
-        for product in self._by_rows.values():
-            product.values[0] = self._channel_values
+        with self._changing:
+            super().load(values, bias)
+            self._channel_values = Loaded({0: (kept,)}, {0: (address_of(kept),)})
+            for product in self._by_rows.values():
+                product.values[0] = self._channel_values
 
     def bind(self, x: Array, y: Array, r: Array | None, columns: int) -> Any:
         """The binding for arrays like these."""
@@ -95,9 +96,11 @@ class DepthwiseProduct(ConvProduct):
         if block is None or any(a.strides[2] != 4 * geometry.out[1] for a in arrays):
             return general
         if block not in self._by_rows:
-            product = ChannelsProduct(self, *block)
-            product.values[0] = self._channel_values
-            self._by_rows[block] = product
+            with self._changing:
+                if block not in self._by_rows:
+                    product = ChannelsProduct(self, *block)
+                    product.values[0] = self._channel_values
+                    self._by_rows[block] = product
         one = self._by_rows[block].bind_key(general.key)
         if x.shape[0] == 1:
             return one
