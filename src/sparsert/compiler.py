@@ -193,8 +193,12 @@ def _compile(
     request = make_request(target, threads, schedule, max_code_bytes, wanted)
     dense_reason = _dense(form, task, request.target, schedule)
     if dense_reason and request.target.isa != "reference":
-        task = replace(task, layout="transposed" if kind is CompiledLinear else task.layout)
-        return kind(_build_dense(task, matrix.values, b, request, dense_reason, started), b)
+        as_dense = replace(task, layout="transposed" if kind is CompiledLinear else task.layout)
+        try:
+            return kind(_build_dense(as_dense, matrix.values, b, request, dense_reason, started), b)
+        except CodeBudgetError:
+            if form is not None:
+                raise
     try:
         compiled = build(task, matrix.values, b, request, started)
     except CodeBudgetError:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from itertools import product
 from typing import Any
 
@@ -12,7 +14,9 @@ from numpy.typing import NDArray
 import sparsert
 from sparsert import Clip, Schedule
 from sparsert.errors import AliasError, PatternMismatchError, ShapeError, UnsupportedError, ValueRangeError
+from sparsert.operators import depthwise as depthwise_module
 from sparsert.operators import images
+from sparsert.operators.depthwise import DepthwiseProduct
 from sparsert.runtime.host import host_report
 from sparsert.sparsity.geometry import Geometry, padding
 from sparsert.sparsity.pattern import as_sparse
@@ -364,3 +368,33 @@ def test_what_is_wrong_is_said() -> None:
     assert padding("same_lower").pads is None
     assert "sparse convolution" in op.explain()
     assert "pack x" in op.listing()
+
+
+def test_threads_that_meet_at_a_first_depthwise_call_share_one_product(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another one would be gone while its code runs, and keep its values at a refit."""
+    w = rng.standard_normal((9, 1, 3, 3)).astype(np.float32)
+    x = rng.standard_normal((1, 9, 12, 12)).astype(np.float32)
+    op = sparsert.compile_conv2d(w, padding=1, groups=9)
+    product = op._compiled.product
+    if not isinstance(product, DepthwiseProduct):
+        pytest.skip("this target has no such form")
+    made, barrier = [], threading.Barrier(2)
+
+    class Slow(depthwise_module.ChannelsProduct):
+        def __init__(self, *args: Any) -> None:
+            made.append(self)
+            with contextlib.suppress(threading.BrokenBarrierError):
+                barrier.wait(0.2)  # where both make one, they meet here
+            super().__init__(*args)
+
+    monkeypatch.setattr(depthwise_module, "ChannelsProduct", Slow)
+    outs = [np.empty_like(x) for _ in range(2)]
+    threads = [threading.Thread(target=op, args=(x, out)) for out in outs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(made) == 1
+    assert all(np.array_equal(out, op(x)) for out in outs)

@@ -378,3 +378,16 @@ def test_rows_of_the_output_and_the_residual_may_lie_backwards(target: str, colu
     assert np.array_equal(memory[4:-4][::-1], wanted)
     assert not memory[:4].any()
     assert not memory[-4:].any()
+
+
+@pytest.mark.parametrize("target", COMPILED)
+def test_dense_code_that_exceeds_its_budget_gives_way_to_other_forms(target: str, rng: np.random.Generator) -> None:
+    weight = rng.standard_normal((48, 160), np.float32)
+    x = rng.standard_normal((160, 40), np.float32)
+    op = sparsert.compile_matmul(weight, target=target)
+    assert isinstance(op.schedule, DenseSchedule)
+    if not TARGETS[target].loops:
+        pytest.skip("nothing loops over the pattern there")
+    other = sparsert.compile_matmul(weight, target=target, max_code_bytes=8000)
+    assert other.stats.code_bytes <= 8000 < op.stats.code_bytes
+    assert same_bits(other(x), op(x))

@@ -134,3 +134,42 @@ def test_an_immediate_that_does_not_fit_is_a_bug_of_ours() -> None:
     for name, value in (("add_imm", (1 << 40) + 5), ("add_imm8", 300)):
         with pytest.raises(InternalError):
             encode([Batch(ROW[name], LEGACY, np.arange(1), {"rm": 0, "imm": value})], 0)
+
+
+@pytest.mark.isa("x86-avx2")
+def test_shared_code_is_mapped_while_a_call_may_come() -> None:
+    script = """
+        import numpy as np
+        import sparsert
+        from sparsert.operators import compact, dense
+        rng = np.random.default_rng(0)
+        w = (rng.standard_normal((96, 96)) * (rng.random((96, 96)) < 0.2)).astype(np.float32)
+        few, looped = sparsert.compile_matmul(w), sparsert.compile_matmul(w, max_code_bytes=9000)
+        full = sparsert.compile_matmul(rng.standard_normal((96, 96), np.float32), form="dense")
+        for op, columns in ((few, 1), (few, 3), (looped, 40), (full, 1), (full, 3), (full, 40)):
+            x = rng.standard_normal((96, columns), np.float32)
+            first, out = op(x), np.empty((96, columns), np.float32)
+            op(x, out=out)
+            bound = op.bind(x)
+            for cache in (compact._executable, dense.code_of, dense.transposer_of):
+                cache.cache_clear()
+            assert np.array_equal(op(x), first)
+            assert np.array_equal(op(x, out=out), first)
+            assert np.array_equal(bound(), first)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def test_nothing_that_holds_machine_code_is_copied_or_pickled(rng: np.random.Generator) -> None:
+    w = rng.standard_normal((6, 6, 3, 3)).astype(np.float32)
+    x = rng.standard_normal((1, 6, 9, 9)).astype(np.float32)
+    conv, transposed, product = (
+        sparsert.compile_conv2d(w), sparsert.compile_conv_transpose2d(w, stride=2), sparsert.compile_product()
+    )  # fmt: skip
+    for held in (conv, transposed, product, conv.bind(x), transposed.bind(x), product.bind(x, x)):
+        assert repr(held)
+        for what in (pickle.dumps, copy.copy, copy.deepcopy):
+            with pytest.raises(UnsupportedError, match="cannot be copied or pickled"):
+                what(held)
+    assert "6x6 nnz=324" in repr(transposed)

@@ -11,7 +11,7 @@ import numpy as np
 from ..errors import ShapeError
 from .arrays import Array, as_input, as_output, empty, overlaps, require_shape
 from .conv import CompiledConv, as_weight
-from .matmul import Bound
+from .matmul import Bound, Uncopied
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def part_of(dense: Array, row: Phase, column: Phase) -> Array:
     return np.ascontiguousarray(dense[:, :, list(row.places)][:, :, :, list(column.places)])
 
 
-class CompiledConvTranspose:
+class CompiledConvTranspose(Uncopied):
     """``y = act(conv_transpose2d(x, W) + b)`` for one sparse W, compiled.
 
     Args (of a call):
@@ -162,3 +162,8 @@ class CompiledConvTranspose:
     def listing(self) -> str:
         """The machine code of all phases."""
         return "".join(part.op.listing() for part in self.parts)
+
+    def __repr__(self) -> str:
+        o, c = self.channels
+        nnz = sum(part.op.stats.nnz for part in self.parts)
+        return f"<{type(self).__name__} {o}x{c} nnz={nnz} target={self.parts[0].op.target}>"

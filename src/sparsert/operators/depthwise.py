@@ -14,13 +14,12 @@ from ..kernels import depthwise
 from ..kernels.arguments import SLOTS, Arg
 from ..runtime.cpu import Executable, address_of
 from ..runtime.memory import aligned_empty
-from ..sparsity.geometry import Geometry
 from .arrays import overlaps
 from .images import ConvProduct
 from .native import Array, Binding, Loaded, NativeProduct
 from .team import Solo
 
-_MOST_SHAPES = 32  # whose code is kept
+_MOST_SHAPES = 64  # that get code of their own, which bindings may call for good; others take the general form
 
 
 class ChannelsProduct(NativeProduct):
@@ -64,14 +63,15 @@ class DepthwiseProduct(ConvProduct):
 
     def load(self, values: Array, bias: Array | None) -> None:
         """Pack new values; calls under way keep the ones they started with."""
-        super().load(values, bias)
         packed = depthwise.pack(self.task, values, bias)
         kept = aligned_empty(packed.size)
         kept[:] = packed.reshape(-1)
-        self._channel_values = Loaded({0: (kept,)}, {0: (address_of(kept),)})
-        for product in list(self._by_shape.values()):
-            if product is not None:
-                product.values[0] = self._channel_values
+        with self._changing:
+            super().load(values, bias)
+            self._channel_values = Loaded({0: (kept,)}, {0: (address_of(kept),)})
+            for product in list(self._by_shape.values()):
+                if product is not None:
+                    product.values[0] = self._channel_values
 
     def bind(self, x: Array, y: Array, r: Array | None, columns: int) -> Any:
         """The binding for arrays like these."""
@@ -90,19 +90,22 @@ class DepthwiseProduct(ConvProduct):
         """The code for images like these; None: not this way."""
         _, height, width = key[:3]
         shape = height, width, key[5], key[9], key[12]
-        if shape in self._by_shape:
+        with self._changing:
+            if shape not in self._by_shape:
+                if len(self._by_shape) >= _MOST_SHAPES:
+                    return None
+                self._by_shape[shape] = self._made(key, shape)
             return self._by_shape[shape]
-        size = height, width
-        geometry = Geometry(self.window, size, self.padding.resolve(size, self.window))
-        product = None
-        if key[9] == 4 * geometry.out[1] and key[12] in (0, key[9]):
-            made = depthwise.generate(self.task, self.target, depthwise.Shape(geometry, *shape[2:]))
-            product = None if made is None else ChannelsProduct(self, *made)
-        if len(self._by_shape) >= _MOST_SHAPES:
-            self._by_shape.clear()
-        self._by_shape[shape] = product
-        if product is not None:
-            product.values[0] = self._channel_values
+
+    def _made(self, key: tuple[int, ...], shape: tuple[int, ...]) -> ChannelsProduct | None:
+        geometry = self.geometry(key)
+        if key[9] != 4 * geometry.out[1] or key[12] not in (0, key[9]):
+            return None
+        made = depthwise.generate(self.task, self.target, depthwise.Shape(geometry, *shape[2:]))
+        if made is None:
+            return None
+        product = ChannelsProduct(self, *made)
+        product.values[0] = self._channel_values
         return product
 
     def run(self, x: Array, y: Array, r: Array | None, columns: int) -> None:

@@ -110,7 +110,20 @@ class Compiled:
     small: SmallProducts | None = None
 
 
-class Bound:
+class Uncopied:
+    """What holds machine code, and is neither copied nor pickled."""
+
+    __slots__ = ()
+
+    def __reduce__(self) -> NoReturn:
+        raise UnsupportedError(
+            "a compiled operator holds machine code of this process and cannot be copied or pickled",
+            where=type(self).__name__,
+            hint="Keep the weights and compile again: it takes milliseconds.",
+        )
+
+
+class Bound(Uncopied):
     """An operator tied to its arrays: a call computes ``out`` from what the inputs hold then, and returns it."""
 
     __slots__ = ("_kept", "_run", "out")
@@ -123,7 +136,7 @@ class Bound:
         return self.out
 
 
-class _Operator(ABC):
+class _Operator(Uncopied, ABC):
     """Everything that does not depend on how x lies in memory."""
 
     def __init__(self, compiled: Compiled, bias: Array | None) -> None:
@@ -188,13 +201,6 @@ class _Operator(ABC):
             product.load(values, self._bias)
         else:
             small.reload(lambda: product.load(values, self._bias))
-
-    def __reduce__(self) -> NoReturn:
-        raise UnsupportedError(
-            "a compiled operator holds machine code of this process and cannot be copied or pickled",
-            where=type(self).__name__,
-            hint="Keep the weights and compile again: it takes milliseconds.",
-        )
 
     def listing(self) -> str:
         """The machine code as text: offset, bytes, instruction; generated anew from pattern and schedule."""

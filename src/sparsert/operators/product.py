@@ -18,7 +18,7 @@ from ..schedule.dense import choose
 from ..target import Target
 from .arrays import Array, as_input, as_output, empty, overlaps, packed_columns
 from .dense import SHAPES, Code, Extents, code_of, frame
-from .matmul import Bound
+from .matmul import Bound, Uncopied
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class ProductSpec:
     parameters: tuple[float, ...]
 
 
-class CompiledProduct:
+class CompiledProduct(Uncopied):
     """``y = act(scale * a @ b)`` for two activations of any extents, compiled; see :func:`sparsert.compile_product`.
 
     Args (of a call):

@@ -19,7 +19,8 @@ class Executable:
     def __init__(self, code: bytes) -> None:
         self.memory = ExecutableMemory(code)
         self.address = self.memory.address
-        self.call = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self.memory.address)
+        self.call: Any = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self.memory.address)
+        self.call.memory = self.memory  # frames keep the function alone
 
 
 class Frame:
