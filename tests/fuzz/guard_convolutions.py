@@ -4,13 +4,74 @@ from __future__ import annotations
 
 import faulthandler
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 import sparsert
 from fuzz.guard import Buffers, guarded
+from oracle import ACTIVATIONS, F64, same_bits
 from sparsert.runtime.host import host_report
 from unit.test_convolution import close, convolve, drawn, pruned
+
+
+def run_case(c: dict[str, Any], rng: np.random.Generator, targets: Sequence[str]) -> list[str]:
+    """What goes wrong with a drawn convolution; all of ``targets`` must give the same bits."""
+    g = c["groups"]
+    w = pruned(rng, (c["outputs"], c["inputs"] // g, *c["kernel"]), c["density"])
+    bias = rng.standard_normal(c["outputs"]).astype(np.float32) if c["bias"] else None
+    spans = [(k - 1) * d + 1 for k, d in zip(c["kernel"], c["dilation"], strict=True)]
+    if any(n + sum(p) < span for n, p, span in zip(c["size"], c["pads"], spans, strict=True)):
+        return []
+    buffers, problems, results = Buffers(), list[str](), list[NDArray[np.float32]]()
+    with guarded(buffers):
+        shape = (max(c["images"], 1), c["inputs"], *c["size"])
+
+        def place(name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
+            gap = int(rng.choice([0, 0, 4, 12]))
+            row = 4 * shape[3] + gap
+            channel = row * shape[2] + int(rng.choice([0, 0, 8]))
+            strides = (channel * shape[1], channel, row, 4)
+            return buffers.array(name, shape, strides, at_end=bool(rng.random() < 0.6))
+
+        x = place("x", shape)
+        x[...] = rng.standard_normal(shape)
+        want, magnitude = convolve(x, w, c["stride"], c["pads"], c["dilation"], g)
+        out, r = place("out", want.shape), None
+        if c["residual"]:
+            r = place("residual", want.shape)
+            r[...] = rng.standard_normal(want.shape)
+        want, magnitude = finished(want, magnitude, bias, c.get("activation"), c["residual"], r)
+        for target in targets:
+            op = sparsert.compile_conv2d(
+                w, bias, c.get("activation"), stride=c["stride"], padding=c["pads"], dilation=c["dilation"], groups=g,
+                residual=c["residual"], target=target,
+            )  # fmt: skip
+            out[...] = -7e33
+            for _ in range(2):
+                op(x, out=out, residual=r)
+                if not close(out, want, magnitude, int(np.prod(w.shape[1:])) + 2):
+                    problems.append(f"{target}: wrong")
+                results.append(np.array(out))
+    problems += ["other bits"] * (not all(same_bits(y, results[0]) for y in results[1:]))
+    problems += buffers.complaints()
+    return problems if buffers.internal() else [*problems, "no buffer of the package's own was guarded"]
+
+
+def finished(
+    y: F64, magnitude: F64, bias: NDArray[np.float32] | None, activation: str | None, residual: str | None,
+    r: NDArray[np.float32] | None,
+) -> tuple[F64, F64]:  # fmt: skip
+    """Bias, residual and activation in float64, and what the magnitude of the terms then is."""
+    known = ACTIVATIONS[activation]
+    if bias is not None:
+        y, magnitude = y + bias[:, None, None], magnitude + np.abs(bias[:, None, None])
+    if r is not None and residual == "before":
+        y, magnitude = y + r, magnitude + np.abs(r)
+    y, magnitude = known.of(y), known.slope * magnitude + 1e6 * known.absolute
+    return (y + r, magnitude + np.abs(r)) if r is not None and residual == "after" else (y, magnitude)
 
 
 def main() -> int:
@@ -20,47 +81,11 @@ def main() -> int:
     for number in range(count):
         rng = np.random.default_rng([seed, number])
         c = drawn(rng)
-        g = c["groups"]
-        w = pruned(rng, (c["outputs"], c["inputs"] // g, *c["kernel"]), c["density"])
-        spans = [(k - 1) * d + 1 for k, d in zip(c["kernel"], c["dilation"], strict=True)]
-        if any(n + sum(p) < span for n, p, span in zip(c["size"], c["pads"], spans, strict=True)):
-            continue
-        buffers = Buffers()
         target = str(rng.choice(targets))
         print(f"case {number} {target} {c}", file=sys.stderr, flush=True)
-        with guarded(buffers):
-            op = sparsert.compile_conv2d(
-                w, stride=c["stride"], padding=c["pads"], dilation=c["dilation"], groups=g, residual=c["residual"],
-                target=target,
-            )  # fmt: skip
-            shape = (max(c["images"], 1), c["inputs"], *c["size"])
-
-            def place(name: str, shape: tuple[int, ...], rng: np.random.Generator = rng) -> np.ndarray:
-                gap = int(rng.choice([0, 0, 4, 12]))
-                row = 4 * shape[3] + gap
-                channel = row * shape[2] + int(rng.choice([0, 0, 8]))
-                strides = (channel * shape[1], channel, row, 4)
-                return buffers.array(name, shape, strides, at_end=bool(rng.random() < 0.6))  # noqa: B023
-
-            x = place("x", shape)
-            x[...] = rng.standard_normal(shape)
-            want, magnitude = convolve(x, w, c["stride"], c["pads"], c["dilation"], g)
-            out, r = place("out", want.shape), None
-            out[...] = -7e33
-            if c["residual"]:
-                r = place("residual", want.shape)
-                r[...] = rng.standard_normal(want.shape)
-                want, magnitude = want + r, magnitude + np.abs(r)
-            for _ in range(2):
-                op(x, out=out, residual=r)
-                if not close(out, want, magnitude, int(np.prod(w.shape[1:])) + 2):
-                    print(f"case {number} is wrong: {target} {c}")
-                    return 1
-        complaints = buffers.complaints()
-        if not buffers.internal():
-            complaints.append("no buffer of the package's own was guarded")
-        if complaints:
-            print(f"case {number}, {target} {c}: {complaints}")
+        problems = run_case(c, rng, [target])
+        if problems:
+            print(f"case {number}, {target} {c}: {problems}")
             return 1
     print(f"{count} cases")
     return 0
