@@ -105,7 +105,7 @@ FORMS = [
     (Form("columns", "transposed", activation="gelu"), (3, 5, 34), 3),
     (Form("rows", "transposed", "columns", "hardswish", residual="before"), (31, 10, 11), 8),
     (Form("columns", bias="columns", activation="silu", residual="after"), (16, 33, 8), 16),
-    (Form("rows", activation="relu6", scale=True), (13, 4, 6), 2),
+    (Form("rows", activation="sigmoid", scale=True), (13, 4, 6), 2),
 ]  # fmt: skip
 
 
