@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,32 @@ def emulate(
     changed = [i for i, register in enumerate([*kept, *low]) if uc.reg_read(register) != 0x1234567800 + i]
     if changed or uc.reg_read(arm.UC_ARM64_REG_SP) != _STACK + _PAGE:
         raise Fault(f"the stack pointer, or callee-saved registers {changed} of x18 to x29, d8 to d15, are changed")
+
+
+ENTRY = bytes.fromhex("5f2403d5")
+"""``bti c``, with which AArch64 code begins, and no other."""
+
+
+def routed(code: bytes) -> Any:
+    """An Executable, or what stands in its place for AArch64 code."""
+    from sparsert.runtime.cpu import Executable
+
+    return Emulated(code) if code.startswith(ENTRY) else Executable(code)
+
+
+@contextmanager
+def every_form(monkeypatch: Any) -> Iterator[None]:
+    """AArch64 code of products that share code objects goes to the emulator too: dense, depthwise, looped ones."""
+    from sparsert.operators import compact, dense, depthwise
+
+    shared = (compact._executable, dense.code_of, dense.transposer_of)
+    for module in (compact, dense, depthwise):
+        monkeypatch.setattr(module, "Executable", routed)
+    for cached in shared:
+        cached.cache_clear()
+    yield
+    for cached in shared:
+        cached.cache_clear()
 
 
 class Emulated:
