@@ -2,7 +2,8 @@
 
 The words behind an instruction's name are its operands in the order of its text: columns ``d``, ``a`` and ``b`` (``b``
 may be a constant, which is loaded first), ``imm``, a number, a register by name, ``t`` and ``u`` for the two scratch
-vectors; ``mem`` and ``arg`` stand for a base and its offset, ``pool`` for those of a constant, ``to`` for a label, ``shift`` for the number ``b``.
+vectors; ``mem`` and ``arg`` stand for a base and its offset, ``pool`` for those of a constant, ``to`` for a label,
+``shift`` for the number ``b``.
 Words in capitals are :class:`_Rows` methods: short sequences that depend on the value. A recipe may come in variants,
 by the operand that has the same register as ``d``.
 
