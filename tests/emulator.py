@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
+
+from sparsert.codegen.parking import Job
 
 MISSING = None if find_spec("unicorn") else "not installed: unicorn"
 _CODE, _STACK, _RETURN = 1 << 40, 1 << 41, 1 << 42
@@ -122,15 +126,69 @@ def emulate(
         raise Fault(f"the stack pointer, or callee-saved registers {changed} of x18 to x29, d8 to d15, are changed")
 
 
+_BY_ADDRESS: WeakValueDictionary[int, Emulated] = WeakValueDictionary()
+
+
+class OneAfterTheOther:
+    """Stands where a pool of threads does; runs the emulated parts of a job, the last one first."""
+
+    address, workers, trouble = 0, 255, ""
+
+    def ensure(self, workers: int) -> bool:
+        return True
+
+    def dispatch(self, address: int) -> None:
+        parts = ctypes.cast(address, ctypes.POINTER(ctypes.c_int64))[Job.PARTS]
+        words = ctypes.cast(address + Job.CODE.byte, ctypes.POINTER(ctypes.c_int64))[: 2 * parts]
+        for code, argument in reversed(list(zip(words[::2], words[1::2], strict=True))):
+            _BY_ADDRESS[code].call(argument)
+
+
+ENTRY = bytes.fromhex("5f2403d5")
+"""``bti c``, with which AArch64 code begins, and no other."""
+
+
+def routed(code: bytes) -> Any:
+    """An Executable, or what stands in its place for AArch64 code."""
+    from sparsert.runtime.cpu import Executable
+
+    return Emulated(code) if code.startswith(ENTRY) else Executable(code)
+
+
+@contextmanager
+def every_form(monkeypatch: Any) -> Iterator[None]:
+    """AArch64 code of products that share code objects goes to the emulator too (dense, depthwise, looped ones), and
+    what is shared out to threads."""
+    from sparsert import compiler
+    from sparsert.operators import compact, dense, depthwise
+
+    shared = (compact._executable, dense.code_of, dense.transposer_of)
+    for module in (compact, dense, depthwise):
+        monkeypatch.setattr(module, "Executable", routed)
+    pool = compiler.shared_pool
+    monkeypatch.setattr(
+        compiler, "shared_pool", lambda target: OneAfterTheOther() if target.machine == "aarch64" else pool(target)
+    )
+    for cached in shared:
+        cached.cache_clear()
+    yield
+    for cached in shared:
+        cached.cache_clear()
+
+
 class Emulated:
     """Stands where an Executable does.
 
     Attributes:
+        address: by which a job names this code.
         before: of the last call, the pages it accessed as they were before, by address.
     """
 
     def __init__(self, code: bytes) -> None:
         self.code = code
+        self._named = ctypes.create_string_buffer(1)
+        self.address = ctypes.addressof(self._named)
+        _BY_ADDRESS[self.address] = self
         self.before: dict[int, bytes] = {}
 
     def call(self, address: int) -> None:

@@ -91,6 +91,7 @@ TARGETS = {
             fmas=2.0,
             loads=2.0,
             broadcasts=8.0,
+            loops=True,
             fma_bytes=7.0,
         ),
         Target("reference", "reference", 16),

@@ -7,13 +7,14 @@ with that.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 
 import sparsert
-from emulator import MISSING, Emulated
+from emulator import MISSING, Emulated, every_form
 from fuzz import guard_cases
 from oracle import complaint, expected, same_bits
 from sparsert import compiler
@@ -74,7 +75,7 @@ def _differs(a: np.ndarray, b: np.ndarray, places: np.ndarray) -> bool:
 
 
 @pytest.fixture
-def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """``aarch64-neon`` counts as available, and its code goes to the emulator; other targets are as they were."""
     generate, reason, executable = compiler.matmul.generate, host.unavailable, compiler.Executable
     where: list[str] = []
@@ -95,6 +96,8 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host, "unavailable", lambda name: None if name == TARGET else reason(name))
     monkeypatch.setattr(compiler.matmul, "generate", remember)
     monkeypatch.setattr(compiler, "Executable", make)
+    with every_form(monkeypatch):
+        yield
 
 
 def campaign(seed: int, first: int, count: int) -> None:

@@ -41,7 +41,7 @@ class Looped:
 def rows_per_bundle(task: Task, target: Target) -> int:
     """As many as registers allow, fewer where the layer has few rows; programs come in few sizes."""
     code = finish(task, target, Builder())
-    most = min(MOST_ROWS, target.registers - max(2, code.registers if code else 0))
+    most = min(MOST_ROWS, target.registers - max(2, code.registers + target.scratch if code else 0))
     return next((n for n in (4, 8, 12, 16) if task.pattern.rows <= n <= most), most)
 
 

@@ -15,7 +15,10 @@ from .encoder import Ints, Value
 from .registers import FAR, GPR
 from .stream import TEMP, Stream
 
-_UNITS = {"bcast": 4, "prefetch": 8, "load_mask": 1, "store_mask": 1} | {op.name: 1 for op in OPS if op.scalar}
+_UNITS = {op.name: 1 for op in OPS if op.scalar} | {
+    "bcast": 4, "prefetch": 8, "prefetch_near": 8, "load_mask": 1, "store_mask": 1,
+    "s_load32": 4, "s_store32": 4, "s_at16": 2, "s_at32": 4,
+}  # fmt: skip
 _UNIT = np.array([_UNITS.get(op.name, 16) if "m" in op.form else 0 for op in OPS])
 """Bytes that an offset of each operation's instruction counts in; 0: no memory operand."""
 _WRITES = np.array([op.scalar and "d" in op.form for op in OPS])

@@ -2,7 +2,8 @@
 
 The words behind an instruction's name are its operands in the order of its text: columns ``d``, ``a`` and ``b`` (``b``
 may be a constant, which is loaded first), ``imm``, a number, a register by name, ``t`` and ``u`` for the two scratch
-vectors; ``mem`` and ``arg`` stand for a base and its offset, ``pool`` for those of a constant, ``to`` for a label.
+vectors; ``mem`` and ``arg`` stand for a base and its offset, ``pool`` for those of a constant, ``to`` for a label,
+``shift`` for the number ``b``.
 Words in capitals are :class:`_Rows` methods: short sequences that depend on the value. A recipe may come in variants,
 by the operand that has the same register as ``d``.
 
@@ -73,6 +74,9 @@ RECIPES: dict[str, str | dict[str, str]] = {
     "enter": "; ".join([f"bti; stp_pre x29 x30 sp {-_FRAME}; add_imm x29 sp 0",
                         *(pair.replace("st", "stp", 1) for pair in _PAIRS)]),
     "leave": "; ".join([*(pair.replace("st", "ldp", 1) for pair in _PAIRS), f"ldp_post x29 x30 sp {_FRAME}; ret"]),
+    "prefetch_near": "prfm_near mem", "s_load32": "ldr_w d mem", "s_store32": "str_w a mem",
+    "s_at8": "ldrb x17 mem; add d a x17 shift", "s_at16": "ldrh x17 mem; add d a x17 shift",
+    "s_at32": "ldr_w x17 mem; add d a x17 shift",
     "s_load": "LEA; ldar d x17", "s_store": "LEA; stlr a x17",
     "s_exchange": f"LEA; ldaxr {_M0} x17; stlxr {_M1} d x17; cbnz {_M1} -8; mov d {_M0}",
     "s_fetch_add": f"LEA; ldaxr {_M0} x17; add {_M0} {_M0} d 0; stlxr {_M1} {_M0} x17; cbnz {_M1} -12; sub d {_M0} d 0",
@@ -176,6 +180,8 @@ class _Rows:
                 operands += [GPR[S.CONST], POOL_BYTES * (-1 - self.c["b"][self.rows].astype(np.int64))]
             elif word == "imm":
                 operands.append(self.c["disp"][self.rows])
+            elif word == "shift":
+                operands.append(self.c["b"][self.rows].astype(np.int64))
             elif word in ("to", "pool_label"):
                 label = self.c["disp"][self.rows] if word == "to" else np.full(self.rows.size, self.labels)
             else:

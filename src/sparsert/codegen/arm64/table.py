@@ -97,7 +97,12 @@ SYNTAX = {
     "stp_d": (0x6D000000, "stp <Dd>, <Da>, [<Pn>, #<pair>]"),
     "ldp_d": (0x6D400000, "ldp <Dd>, <Da>, [<Pn>, #<pair>]"),
     "prfm": (0xF9800002, "prfm pldl2keep, [<Pn>, #<off8>]"),
+    "prfm_near": (0xF9800000, "prfm pldl1keep, [<Pn>, #<off8>]"),
     # general registers
+    "ldrb": (0x39400000, "ldrb <Wd>, [<Pn>, #<imm12>]"),
+    "ldrh": (0x79400000, "ldrh <Wd>, [<Pn>, #<off2>]"),
+    "ldr_w": (0xB9400000, "ldr <Wd>, [<Pn>, #<off4>]"),
+    "str_w": (0xB9000000, "str <Wd>, [<Pn>, #<off4>]"),
     "ldr": (0xF9400000, "ldr <Xd>, [<Pn>, #<off8>]"),
     "str": (0xF9000000, "str <Xd>, [<Pn>, #<off8>]"),
     "stp": (0xA9000000, "stp <Xd>, <Xa>, [<Pn>, #<pair>]"),
