@@ -386,3 +386,15 @@ def test_a_refit_takes_no_kernel_of_other_axes(rng: np.random.Generator) -> None
         line.refit(w[:, :, 0].transpose(0, 2, 1))
     line.refit(w[:, :, 1])
     op.refit(w.reshape(8, 36))
+
+
+def test_a_refit_of_a_transposed_convolution_takes_no_other_kernel(rng: np.random.Generator) -> None:
+    w = rng.standard_normal((4, 4, 3, 2)).astype(np.float32)
+    for stride in (1, 2, 4):
+        op = sparsert.compile_conv_transpose2d(w, stride=stride, dilation=2)
+        op.refit(2 * w)
+        for wrong in (np.pad(w, ((0, 0), (0, 0), (0, 2), (0, 2))), w[:, :, :2], w[0]):
+            with pytest.raises(ShapeError, match="new_weight"):
+                op.refit(wrong)
+    with pytest.raises(ShapeError, match="groups"):
+        sparsert.compile_conv_transpose2d(w, groups=True)
