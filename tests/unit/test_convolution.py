@@ -398,3 +398,28 @@ def test_threads_that_meet_at_a_first_depthwise_call_share_one_product(
         thread.join()
     assert len(made) == 1
     assert all(np.array_equal(out, op(x)) for out in outs)
+
+
+def test_a_refit_takes_no_kernel_of_other_axes(rng: np.random.Generator) -> None:
+    w = rng.standard_normal((8, 4, 3, 3)).astype(np.float32)
+    op = sparsert.compile_conv2d(w)
+    for wrong in (w.transpose(0, 2, 3, 1), w.reshape(8, 4, 9)):
+        with pytest.raises(ShapeError, match="new_weight"):
+            op.refit(wrong)
+    line = sparsert.compile_conv1d(w[:, :, 0])
+    with pytest.raises(ShapeError, match="new_weight"):
+        line.refit(w[:, :, 0].transpose(0, 2, 1))
+    line.refit(w[:, :, 1])
+    op.refit(w.reshape(8, 36))
+
+
+def test_a_refit_of_a_transposed_convolution_takes_no_other_kernel(rng: np.random.Generator) -> None:
+    w = rng.standard_normal((4, 4, 3, 2)).astype(np.float32)
+    for stride in (1, 2, 4):
+        op = sparsert.compile_conv_transpose2d(w, stride=stride, dilation=2)
+        op.refit(2 * w)
+        for wrong in (np.pad(w, ((0, 0), (0, 0), (0, 2), (0, 2))), w[:, :, :2], w[0]):
+            with pytest.raises(ShapeError, match="new_weight"):
+                op.refit(wrong)
+    with pytest.raises(ShapeError, match="groups"):
+        sparsert.compile_conv_transpose2d(w, groups=True)

@@ -48,11 +48,22 @@ class CompiledConv(_Operator):
 
     def refit(self, new_weight: Any) -> None:
         """New values for the compiled pattern, as (O, C / groups, kh, kw) or as the matrix."""
-        super().refit(flat(new_weight))
+        super().refit(self._matrix(new_weight))
 
     def check(self, new_weight: Any) -> None:
         """Raise what :meth:`refit` would, and change nothing."""
-        require_finite(self._pattern.values_of(flat(new_weight), "new_weight"), "new_weight")
+        require_finite(self._pattern.values_of(self._matrix(new_weight), "new_weight"), "new_weight")
+
+    def _matrix(self, new_weight: Any) -> Any:
+        """The weight as a matrix; its kernel's axes may not be exchanged with others."""
+        shape, kernel = getattr(new_weight, "shape", ()), self.window.kernel[2 - self.axes :]
+        if len(shape) > 2 and tuple(shape[2:]) != kernel:
+            raise ShapeError(
+                f"shape {tuple(shape)} is not (O, C / groups, {', '.join(map(str, kernel))})",
+                where="new_weight",
+                hint="Compile a new operator for a new shape.",
+            )
+        return flat(new_weight)
 
     def _geometry(self, shape: tuple[int, ...]) -> Geometry:
         size = (shape[2], shape[3])

@@ -57,7 +57,7 @@ class Part:
     op: CompiledConv
 
 
-def transposed_weight(weight: Any, groups: int) -> Array:
+def transposed_weight(weight: Any, groups: int, where: str = "weight") -> Array:
     """(C, O / groups, kh, kw) as the (O, C / groups, kh, kw) of a convolution.
 
     Raises:
@@ -67,8 +67,8 @@ def transposed_weight(weight: Any, groups: int) -> Array:
         as_weight(weight) if hasattr(weight, "__dlpack__") and not isinstance(weight, np.ndarray) else weight
     )
     if w.ndim != 4 or min(w.shape[2:]) < 1:
-        raise ShapeError(f"shape {w.shape} is not (C, O / groups, kh, kw)", where="weight")
-    if not isinstance(groups, (int, np.integer)) or groups < 1 or w.shape[0] % groups:
+        raise ShapeError(f"shape {w.shape} is not (C, O / groups, kh, kw)", where=where)
+    if not isinstance(groups, (int, np.integer)) or isinstance(groups, bool) or groups < 1 or w.shape[0] % groups:
         raise ShapeError(f"{w.shape[0]} input channels cannot be cut into {groups} groups", where="groups")
     inputs, outputs, kh, kw = w.shape
     by_group = w.reshape(groups, inputs // groups, outputs, kh, kw).transpose(0, 2, 1, 3, 4)
@@ -148,7 +148,14 @@ class CompiledConvTranspose(Uncopied):
         Raises:
             PatternMismatchError: a nonzero lies outside the pattern; the operator is unchanged.
         """
-        dense = transposed_weight(new_weight, self.groups)
+        dense = transposed_weight(new_weight, self.groups, "new_weight")
+        kernel = tuple(
+            max((place for part in self.parts for place in getattr(part, axis).places), default=0) + 1
+            for axis in ("row", "column")
+        )
+        if dense.shape[2:] != kernel:  # its phases would be those of a part of it
+            raise ShapeError(f"a kernel of {dense.shape[2:]} does not fit the compiled {kernel}", where="new_weight",
+                             hint="Compile a new operator for a new shape.")  # fmt: skip
         new = [part_of(dense, part.row, part.column) for part in self.parts]
         for part, weight in zip(self.parts, new, strict=True):
             part.op.check(weight)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import struct
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,9 @@ class Executable:
     def __init__(self, code: bytes) -> None:
         self.memory = ExecutableMemory(code)
         self.address = self.memory.address
-        self.call: Any = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self.memory.address)
-        self.call.memory = self.memory  # frames keep the function alone
+        call: Any = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self.memory.address)
+        call.memory = self.memory  # frames keep the function alone
+        self.call: Callable[[int], None] = call
 
 
 class Frame:
