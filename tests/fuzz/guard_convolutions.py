@@ -16,7 +16,6 @@ from oracle import ACTIVATIONS, F64, same_bits
 from sparsert.runtime.host import host_report
 from unit.test_convolution import close, convolve, drawn, pruned
 
-
 FIXED = ({
     "groups": 20, "inputs": 20, "outputs": 20, "kernel": (3, 3), "stride": (3, 2), "dilation": (1, 1),
     "pads": ((1, 1), (1, 1)), "size": (28, 4), "images": 3, "residual": "before", "density": 2.0, "bias": False,
