@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 from numpy.typing import NDArray
@@ -196,9 +197,11 @@ def run_case(case: Case, rng: np.random.Generator) -> list[str]:
     bias = rng.standard_normal(case.shape[0]).astype(np.float32) if case.bias else None
     buffers = Buffers()
     problems: list[str] = []
-    cost.split = lambda task, schedule, target, threads, tiles, by_rows=True: cost.Split(
-        case.cut if by_rows else "columns", threads)  # fmt: skip
-    with guarded(buffers):
+
+    def cut(task: Any, schedule: Any, target: Any, threads: int, tiles: int, by_rows: bool = True) -> cost.Split:
+        return cost.Split(case.cut if by_rows else "columns", threads)
+
+    with guarded(buffers), mock.patch.object(cost, "split", cut):
         op = compiled(case, case.layout, matrix, bias, rng)
         if case.refit:
             matrix = weight_of(mask, rng)
