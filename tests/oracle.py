@@ -11,6 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 from sparsert import Clip
+from sparsert.codegen.vector import Builder, Program
 from sparsert.sparsity.pattern import SparseMatrix
 
 _ARM = platform.machine() in ("aarch64", "arm64")
@@ -151,3 +152,13 @@ def complaint(got: NDArray[np.float32], want: Expected) -> str:
         place = tuple(int(i) for i in at)
     should = f"{want.y[at]!r} +- {want.bound[at]:.3g}"
     return f"{int(bad.sum())} of {got.size} wrong; at {place}: {got[at]!r}, should be {should}"
+
+
+def program(*emitted: tuple[str, dict[str, int]], labels: int = 0) -> Program:
+    """A program of single rows: names of operations with their columns."""
+    b = Builder()
+    for _ in range(labels):
+        b.label()
+    for name, columns in emitted:
+        b.emit(name, **columns)
+    return b.finish()

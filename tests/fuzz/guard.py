@@ -7,16 +7,23 @@ use this in a child.
 
 from __future__ import annotations
 
+import argparse
 import ctypes
+import faulthandler
+import json
 import mmap
 import sys
 import types
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from sparsert.runtime.host import host_report
 
 CANARY = 0xF7  # as a float32 -1e34: read by mistake, it spoils any sum
 _PAGE = mmap.PAGESIZE
@@ -124,3 +131,37 @@ def guarded(buffers: Buffers) -> Iterator[None]:
     finally:
         for module, attribute, original in replaced:
             setattr(module, attribute, original)
+
+
+class Outcome(NamedTuple):
+    """What went wrong with a case, in sentences, and under which names to count it."""
+
+    problems: list[str]
+    name: str
+    counted: list[str]
+
+
+def campaign(run: Callable[[int, int, list[str], Callable[[Any], None]], Outcome]) -> int:
+    """The command of a fuzzer: ``run(seed, number, targets, note)`` until one goes wrong; ``note`` logs a case."""
+    parser = argparse.ArgumentParser(description="run guarded cases; stops at the first that goes wrong")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--count", type=int, default=1)
+    parser.add_argument("--log", type=Path, help="where each case is written before it runs")
+    args = parser.parse_args()
+    faulthandler.enable()
+    targets = [name for name, reason in host_report()["targets"].items() if reason is None and name != "reference"]
+    seen: Counter[str] = Counter()
+    with (args.log or Path("/dev/null")).open("w") as log:
+
+        def note(what: Any) -> None:
+            print(json.dumps(what), file=log, flush=True)
+
+        for number in range(args.first, args.first + args.count):
+            outcome = run(args.seed, number, targets, note)
+            if outcome.problems:
+                print(f"{outcome.name}:\n  " + "\n  ".join(outcome.problems))
+                return 1
+            seen.update(outcome.counted)
+    print(f"{args.count} cases: " + ", ".join(f"{count} {name}" for name, count in sorted(seen.items())))
+    return 0

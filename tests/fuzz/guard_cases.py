@@ -6,14 +6,9 @@ A case is drawn from its seed and number alone. To repeat one:
 
 from __future__ import annotations
 
-import argparse
-import faulthandler
-import json
 import sys
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -21,12 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 import sparsert
-from fuzz.guard import Buffers, guarded
+from fuzz.guard import Buffers, Outcome, campaign, guarded
 from oracle import ACTIVATIONS as KNOWN
 from oracle import complaint, expected, same_bits
 from sparsert import Clip, Schedule
 from sparsert.errors import CodeBudgetError, ScheduleError
-from sparsert.runtime.host import host_report
 from sparsert.schedule import cost
 from sparsert.sparsity.pattern import SparseMatrix, from_csr
 
@@ -259,30 +253,12 @@ def call(case: Case, op: Any, matrix: SparseMatrix, bias: Array | None, columns:
     return problems
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description="run guarded cases; stops at the first that goes wrong")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--first", type=int, default=0)
-    parser.add_argument("--count", type=int, default=1)
-    parser.add_argument("--log", type=Path, help="where each case is written before it runs")
-    args = parser.parse_args()
-    faulthandler.enable()
-    targets = [name for name, reason in host_report()["targets"].items() if reason is None and name != "reference"]
-    seen: Counter[str] = Counter()
-    with (args.log or Path("/dev/null")).open("w") as log:
-        for number in range(args.first, args.first + args.count):
-            case, rng = draw(args.seed, number, targets)
-            print(json.dumps(asdict(case)), file=log, flush=True)
-            problems = run_case(case, rng)
-            if problems:
-                print(f"{case}:\n  " + "\n  ".join(problems))
-                return 1
-            seen.update(
-                [case.target, case.layout, f"on {case.threads} threads", "calls"] + ["calls"] * (len(case.columns) - 1)
-            )
-    print(f"{args.count} cases: " + ", ".join(f"{count} {name}" for name, count in sorted(seen.items())))
-    return 0
+def run(seed: int, number: int, targets: list[str], note: Callable[[Any], None]) -> Outcome:
+    case, rng = draw(seed, number, targets)
+    note(asdict(case))
+    counted = [case.target, case.layout, f"on {case.threads} threads", *["calls"] * len(case.columns)]
+    return Outcome(run_case(case, rng), str(case), counted)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(campaign(run))

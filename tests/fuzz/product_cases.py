@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
-import faulthandler
-import json
 import sys
-from collections import Counter
-from pathlib import Path
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 import sparsert
-from fuzz.guard import Buffers, guarded
+from fuzz.guard import Buffers, Outcome, campaign, guarded
 from fuzz.guard_cases import SPECIAL, extent
 from oracle import same_bits
-from sparsert.runtime.host import host_report
 
 Array = NDArray[np.float32]
 
@@ -64,27 +60,11 @@ def run_case(seed: int, number: int, targets: list[str]) -> tuple[list[str], str
     return problems + buffers.complaints(), target
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description="run guarded cases; stops at the first that goes wrong")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--first", type=int, default=0)
-    parser.add_argument("--count", type=int, default=1)
-    parser.add_argument("--log", type=Path, help="where each case is written before it runs")
-    args = parser.parse_args()
-    faulthandler.enable()
-    targets = [name for name, reason in host_report()["targets"].items() if reason is None and name != "reference"]
-    seen: Counter[str] = Counter()
-    with (args.log or Path("/dev/null")).open("w") as log:
-        for number in range(args.first, args.first + args.count):
-            print(json.dumps({"seed": args.seed, "number": number}), file=log, flush=True)
-            problems, target = run_case(args.seed, number, targets)
-            if problems:
-                print(f"seed {args.seed}, number {number}:\n  " + "\n  ".join(problems))
-                return 1
-            seen[target] += 1
-    print(f"{args.count} cases: " + ", ".join(f"{count} {name}" for name, count in sorted(seen.items())))
-    return 0
+def run(seed: int, number: int, targets: list[str], note: Callable[[Any], None]) -> Outcome:
+    note({"seed": seed, "number": number})
+    problems, target = run_case(seed, number, targets)
+    return Outcome(problems, f"seed {seed}, number {number}", [target])
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(campaign(run))

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from oracle import program
 from sparsert.codegen.arm64 import stream as layout
 from sparsert.codegen.arm64.assemble import assemble, instruction_text
 from sparsert.codegen.arm64.encoder import Batch, encode, encoded
@@ -21,7 +22,7 @@ from sparsert.codegen.arm64.lower import RECIPES, lower
 from sparsert.codegen.arm64.registers import CALLEE_SAVED, FAR, GPR, MASK
 from sparsert.codegen.arm64.stream import Stream
 from sparsert.codegen.arm64.table import BRANCHES, FIELDS, ROWS
-from sparsert.codegen.vector import OPS, Builder, Program, S
+from sparsert.codegen.vector import OPS, S
 from sparsert.errors import CodeBudgetError, InternalError
 from sparsert.target import TARGETS
 
@@ -238,15 +239,6 @@ def test_conditional_branches_near_and_far(between: int, tmp_path: Path) -> None
 
     source = ["L0:", *lines("L1"), f".rept {between}", "nop", ".endr", "L1:", *lines("L0")]
     assert np.array_equal(got, assembled(source, tmp_path))
-
-
-def program(*emitted: tuple[str, dict[str, int]], labels: int = 0) -> Program:
-    b = Builder()
-    for _ in range(labels):
-        b.label()
-    for name, columns in emitted:
-        b.emit(name, **columns)
-    return b.finish()
 
 
 def test_alignment_is_filled_with_no_ops() -> None:

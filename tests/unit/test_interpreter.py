@@ -16,6 +16,7 @@ import pytest
 
 from emulator import MISSING, emulate
 from oracle import complaint, expected
+from oracle import program as rows
 from sparsert import Clip
 from sparsert.codegen.arm64.lower import RECIPES as RECIPES_ARM64
 from sparsert.codegen.arm64.lower import lower as lower_arm64
@@ -318,8 +319,8 @@ class Interpreted:
             whole = array.reshape(1, -1) if self.task.layout == "tile_major" else array
             for i in range(whole.shape[0]):
                 memory[f"{name}[{i}]"] = memory_at(address_of(whole[i]), 4 * whole.shape[1])
-        for slot, rows in self.panels().items():
-            memory[slot.name] = memory_at(int(slots[slot]), rows * self.target.tile_bytes * int(slots[Arg.GROUP]))
+        for slot, height in self.panels().items():
+            memory[slot.name] = memory_at(int(slots[slot]), height * self.target.tile_bytes * int(slots[Arg.GROUP]))
         memory["DISCARD"] = memory_at(int(slots[Arg.DISCARD]), self.kernel.discarded * self.target.tile_bytes)
         return memory
 
@@ -467,15 +468,6 @@ def test_far_rows_of_a_wide_layer(target: Target, rng: np.random.Generator) -> N
 
 
 # ---- programs that are refused -------------------------------------------------------------------------------------
-
-
-def rows(*emitted: tuple[str, dict[str, int]], labels: int = 0) -> Program:
-    b = Builder()
-    for _ in range(labels):
-        b.label()
-    for name, columns in emitted:
-        b.emit(name, **columns)
-    return b.finish()
 
 
 ARG_X = ("s_arg", {"d": S.X, "disp": Arg.X.byte})

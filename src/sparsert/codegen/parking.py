@@ -10,10 +10,12 @@ from __future__ import annotations
 from enum import IntEnum, auto
 from typing import NamedTuple
 
+from .slots import Slots
+
 LINE = 128  # bytes that a party writes alone: two cache lines, since neighbours are prefetched in pairs
 
 
-class Control(IntEnum):
+class Control(Slots):
     """Words of the pool's control block; the code addresses word ``n`` at byte ``8 * n``."""
 
     FUNCTION = 0  # sleeps and wakes, called (NUMBER, address, WAIT or WAKE, expected value or count, 0)
@@ -27,12 +29,8 @@ class Control(IntEnum):
     CALLER = 3 * LINE // 8  # a State: NOTHING, ASLEEP, or GO when no part is pending any more
     MAILBOXES = 4 * LINE // 8  # one per worker, LINE bytes each
 
-    @property
-    def byte(self) -> int:
-        return 8 * int(self)
 
-
-class Mailbox(IntEnum):
+class Mailbox(Slots):
     """Words of a worker's mailbox, whose address is what the thread starts with."""
 
     STATE = 0
@@ -40,22 +38,14 @@ class Mailbox(IntEnum):
     ARGUMENT = auto()  # and with what
     CONTROL = auto()  # address of the control block
 
-    @property
-    def byte(self) -> int:
-        return 8 * int(self)
 
-
-class Job(IntEnum):
+class Job(Slots):
     """Words of a job: any number of parts, the first of them the caller's own."""
 
     CONTROL = 0  # address of the control block
     PARTS = auto()  # at least 2
     CODE = auto()  # of the first part, then its argument; the other parts behind it
     ARGUMENT = auto()
-
-    @property
-    def byte(self) -> int:
-        return 8 * int(self)
 
 
 PART_BYTES = 16

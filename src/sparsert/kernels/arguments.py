@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from enum import IntEnum, auto
 
+from ..codegen.slots import Slots
 
-class Arg(IntEnum):
+
+class Arg(Slots):
     """Slot numbers; the kernel addresses slot ``n`` at byte ``8 * n``. All offsets and pitches are bytes."""
 
     X = 0  # addresses, which differ from call to call: input,
@@ -78,10 +80,6 @@ class Arg(IntEnum):
     Y_HERE = auto()
     R_HERE = auto()
     W_HERE = auto()
-
-    @property
-    def byte(self) -> int:
-        return 8 * int(self)
 
 
 SLOTS = len(Arg)

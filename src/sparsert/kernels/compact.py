@@ -7,16 +7,17 @@ shape, which also undoes the order in which rows were dealt to bundles.
 from __future__ import annotations
 
 from collections.abc import Callable
-from enum import IntEnum, auto
+from enum import auto
 
 from ..codegen.registers import Template
+from ..codegen.slots import Slots
 from ..codegen.vector import Builder, S
 from ..schedule.task import Task
 from ..target import Target
 from . import epilogue
 
 
-class Slot(IntEnum):
+class Slot(Slots):
     """The argument block, as :class:`~sparsert.kernels.arguments.Arg`: what differs from call to call comes first."""
 
     X = 0  # addresses: input,
@@ -61,10 +62,6 @@ class Slot(IntEnum):
     XT = auto()  # the current tile
     YT = auto()
     RT = auto()
-
-    @property
-    def byte(self) -> int:
-        return 8 * int(self)
 
 
 SLOTS = len(Slot)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import IntEnum, auto
+from enum import auto
 
+from ..codegen.slots import Slots
 from ..errors import UnsupportedError
 
 
@@ -39,7 +40,7 @@ class Form:
                 raise UnsupportedError(f"{name}={getattr(self, name)!r}", where=name, hint=f"Known: {values}.")
 
 
-class Slot(IntEnum):
+class Slot(Slots):
     """The argument block of a call; addresses, pitches and steps are bytes."""
 
     A = 0
@@ -155,7 +156,3 @@ class Slot(IntEnum):
     START = auto()  # 0: with the bias or a product, 1: with C, 2: anew
     FINAL = auto()  # this is the last block of K
     PACKING = auto()
-
-    @property
-    def byte(self) -> int:
-        return 8 * int(self)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import IntEnum, auto
+from enum import auto
 from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..codegen.slots import Slots
 from ..codegen.vector import OP, Builder, Program, Row, S, check, row
 from ..target import Target
 from .arguments import Arg
@@ -173,7 +174,7 @@ def _scatter(b: Builder, target: Target) -> None:
             b.emit("store4", a=i, b=quarter, ptr=S.X, step=4 * quarter + i)
 
 
-class TransposeArg(IntEnum):
+class TransposeArg(Slots):
     """The argument block of :func:`transposition`: addresses, then bytes and counts."""
 
     IN = 0
@@ -190,10 +191,6 @@ class TransposeArg(IntEnum):
     VECTORS = auto()
     COLUMN = auto()  # variables: offsets of the current vector
     ROWS = auto()
-
-    @property
-    def byte(self) -> int:
-        return 8 * int(self)
 
 
 def transposition(target: Target) -> Program:

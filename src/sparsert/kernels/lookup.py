@@ -18,7 +18,6 @@ from ..target import Target
 from . import epilogue
 from .compact import Copy, Slot, count_down, finish, set_slot, trips
 
-MOST_COLUMNS = 2
 _MINUS_ZERO = 0x80000000  # begins a sum: adding to it changes no bit
 _AHEAD = ((S.K, 4096), (S.K, 4160), (S.PANEL, 2048))  # what is prefetched of values and pattern, in bytes ahead
 

@@ -59,11 +59,6 @@ class CompactProduct(Framed):
     def code_bytes(self) -> int:
         return len(_bytes(_stripped(self.task), self.target.name, self.form))
 
-    @property
-    def data_bytes(self) -> int:
-        """Of pattern and values."""
-        return self.data.nbytes + self.counts.nbytes + sum(array.nbytes for array in self.values[0].packed[0])
-
     def listing(self) -> str:
         """The code as text."""
         return listing(_program(_stripped(self.task), self.target, self.form), self.target.isa)

@@ -84,25 +84,18 @@ class ConvProduct(NativeProduct):
         parts = min(parts, rows * columns // _LEAST_COLUMNS, rows)
         return Split(_ROWS, parts) if parts > 1 else Split("", 1)
 
-    def channel_frame(self, key: tuple[int, ...]) -> Solo:
-        """Like :meth:`new_frame`, for a single band, whose planes have room for a channel."""
-        geometry = self.geometry(key)
-        return self._solo(key, geometry, [geometry.band((0, geometry.out[0]))], True)
-
-    def _solo(self, key: tuple[int, ...], geometry: Geometry, bands: list[Band], one_channel: bool = False) -> Solo:
-        frame = self._band_frame(Solo, key, geometry, bands, one_channel)
+    def _solo(self, key: tuple[int, ...], geometry: Geometry, bands: list[Band]) -> Solo:
+        frame = self._band_frame(Solo, key, geometry, bands)
         frame.call = self.executable.call
         return frame
 
-    def _band_frame(
-        self, kind: type[_Kind], key: tuple[int, ...], geometry: Geometry, bands: list[Band], one_channel: bool = False
-    ) -> _Kind:
+    def _band_frame(self, kind: type[_Kind], key: tuple[int, ...], geometry: Geometry, bands: list[Band]) -> _Kind:
         """Argument blocks for bands of every image, and scratch."""
         images = key[0]
         x, phase_step, y, r = key[3:6], key[6], key[7:10], key[10:13]
         task, lanes = self.task, self.target.lanes
         m, phases = task.pattern.rows, len(self.window.phases)
-        channels = 1 if one_channel else self.window.channels(task.pattern.cols)
+        channels = self.window.channels(task.pattern.cols)
         # Copies of rows end in zeros that reach beyond: into what is written later, unless phases are copied in turn.
         beyond = lanes if phases > 1 else 0
         x_plane = _odd_lines(max(band.floats + (band.pitch + beyond if beyond else 0) for band in bands))
