@@ -66,7 +66,7 @@ def accumulate(
     begins, anew, idle = _begins(p, cells, schedule.rows, handover.task.bias)
     cell, started = cells[begins].astype(np.int64), p.accumulator[begins]
     stores = started < handover.deferred
-    k, loaded = taps.key[p.taps], np.flatnonzero(p.fresh)
+    k, loaded = taps.key.take(p.taps), np.flatnonzero(p.fresh)
     in_place, kept, copied = _packing(p, k, loaded, packing)
     if handover.task.window and not tiled:
         in_place = loaded
@@ -178,8 +178,7 @@ def _begins(
     """
     n, blocks = p.taps.size, p.n_blocks
     at = np.full((p.segments, blocks, rows), n)
-    backwards = slice(None, None, -1)  # of several, the last assignment stays
-    at.reshape(-1)[(cells * rows + p.accumulator)[backwards]] = np.arange(n - 1, -1, -1)
+    np.minimum.at(at.reshape(-1), cells * rows + p.accumulator, np.arange(n))
     taken = at < n
     before = np.zeros_like(taken)  # there is a bias, or there were taps
     before[0] = bias

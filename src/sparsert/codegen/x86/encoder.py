@@ -24,6 +24,7 @@ Ints = NDArray[np.int64]
 Field = int | NDArray[np.integer]  # one value for the whole batch, or one per instruction
 
 _ROWS = tuple(ROWS[name] for name in NAMES)
+_BRANCHES = tuple("b" in row.operands for row in _ROWS)
 _MANDATORY = (0, 0x66, 0xF3, 0xF2, 0xF0)
 _NUMBERS = np.arange(32)
 # What a register number adds to the first six bytes of an EVEX instruction: ModRM.reg with R and R', vvvv with V'.
@@ -85,7 +86,7 @@ def encode(batches: list[Batch], labels: int) -> Encoded:
             places[batch.fields["imm"]] = offsets[batch.place]
     code = _flatten(low, high, length, offsets, int(places[labels]))
     for batch in batches:
-        if batch.row < len(_ROWS):
+        if batch.row < len(_ROWS) and (_BRANCHES[batch.row] or _holds(batch.fields.get("base", 0), RIP)):
             _resolve(batch, code, offsets, places)
     return Encoded(code, offsets, places)
 
@@ -136,7 +137,7 @@ def _encode(batch: Batch) -> tuple[Words, Words | None, Ints | int]:
         if "b" not in row.operands and not _fits(value, 8 * row.imm):
             raise InternalError(f"{NAMES[batch.row]}: an immediate does not fit {row.imm} bytes")
         tail, size = tail | imm << size * 8, size + row.imm
-        if (size if isinstance(size, int) else size.max()) > 8 or (mem and np.any(np.asarray(f["base"]) == RIP)):
+        if (size if isinstance(size, int) else size.max()) > 8 or (mem and _holds(f["base"], RIP)):
             raise InternalError(
                 f"{NAMES[batch.row]}: more than eight bytes behind ModRM, or an immediate behind a RIP operand"
             )
@@ -144,7 +145,7 @@ def _encode(batch: Batch) -> tuple[Words, Words | None, Ints | int]:
         vector = batch.encoding - EVEX128 if row.fixed_length < 0 else row.fixed_length
         fixed = (0x62 | 0x6000 | row.map << 8 | (row.w << 7 | 4 | row.prefix) << 16
                  | (vector << 5 | int(batch.bcast) << 4) << 24 | row.opcode << 32)  # fmt: skip
-        head: Ints | int = _EVEX_REG[reg] | _EVEX_VVVV[vvvv]
+        head: Ints | int = _EVEX_REG.take(reg) | _EVEX_VVVV.take(vvvv)
         head = head | (
             (modrm << 40 | fixed) ^ (x << 14 | b << 13) | _wide(f.get("zero", 0)) << 31 | _wide(f.get("mask", 0)) << 24
         )
@@ -192,6 +193,10 @@ def _fits(value: Ints | int, bits: int) -> bool:
     return low <= value < high if isinstance(value, int) else bool((value >= low).all() and (value < high).all())
 
 
+def _holds(value: Field, number: int) -> bool:
+    return value == number if isinstance(value, int) else bool((value == number).any())
+
+
 def _largest(value: Field) -> int:
     return value if isinstance(value, int) else int(value.max())
 
@@ -224,7 +229,7 @@ def _memory_operand(
     if not odd.size:
         return 0x40 | base & 7, scaled, 1, 0, base >> 3 & 1
     rest = disp[odd]
-    if np.any(rest != rest.astype(np.int32)):
+    if (rest != rest.astype(np.int32)).any():
         raise InternalError("a displacement does not fit 32 bits")
     none = rest == 0
     modrm, size = np.full(n, 0x40 | base & 7), np.ones(n, np.int64)
@@ -321,9 +326,7 @@ def _resolve(batch: Batch, code: NDArray[np.uint8], offsets: Ints, places: Ints)
 
     They end their instruction: no RIP-relative operand has an immediate behind it.
     """
-    branch, base = "b" in _ROWS[batch.row].operands, batch.fields.get("base", 0)
-    if not branch and (base != RIP if isinstance(base, int) else not (base == RIP).any()):
-        return
+    branch, base = _BRANCHES[batch.row], batch.fields.get("base", 0)
     label = np.zeros(batch.place.size, np.int64) + (batch.fields["imm"] if branch else batch.fields["disp"])
     rows = np.arange(label.size) if branch else np.flatnonzero(np.zeros(label.size, np.int64) + base == RIP)
     end, label = offsets[batch.place[rows] + 1], label[rows]

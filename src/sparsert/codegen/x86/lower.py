@@ -106,10 +106,8 @@ _MODIFIES = np.array(
     ]
 )
 _GPR_OF = np.array([GPR[s] for s in S], np.int8)
-_MEMORY, _WRITES = 1, 2
-_KIND = np.array(
-    [_MEMORY * ("m" in op.form) + _WRITES * (op.scalar and "d" in op.form) for op in OPS], np.uint8
-)  # both, where a scalar is loaded
+_MEMORY = np.array(["m" in op.form for op in OPS])
+_WRITES = np.array([op.scalar and "d" in op.form for op in OPS])
 
 
 _Part = tuple[int, int, dict[str, Any]]
@@ -146,24 +144,39 @@ def lower(program: Program, encoding: int) -> list[Batch]:
     """
     recipes, c = _PARSED[encoding], program.columns
     op = c["op"]
-    by_op = np.argsort(op, kind="stable")
-    cuts = np.searchsorted(op[by_op], np.arange(len(OPS) + 1))
-    present = np.flatnonzero(cuts[1:] > cuts[:-1]).tolist()
-    missing = [OPS[i].name for i in present if i not in recipes]
+    rows_by_op = _by_number(op, len(OPS))
+    missing = [OPS[i].name for i in rows_by_op if i not in recipes]
     if missing:
         raise InternalError(f"no recipe for {missing} in this encoding")
     operand = _Addressing(program, encoding)
-    count = _COUNTS[encoding][op] + operand.extra
+    count = _COUNTS[encoding].take(op) + operand.extra
     start = np.cumsum(count) - count
     batches = operand.batches(start)
     start += operand.extra
-    for number in present:
-        rows_of = by_op[cuts[number] : cuts[number + 1]]
+    for number, rows_of in rows_by_op.items():
         for rows in operand.alike(rows_of) if "m" in OPS[number].form else [rows_of]:
             view = _Rows(c, rows, operand, program.labels, OPS[number].scalar)
             for k, (row, enc, sources) in enumerate(recipes[number]):
                 batches += view.instruction(row, enc, start[rows] + k, sources)
     return batches
+
+
+def _by_number(numbers: NDArray[np.uint8], extent: int) -> dict[int, Ints]:
+    """Where each number below ``extent`` that occurs does so; the frequent ones cost a comparison, not a sort."""
+    found: dict[int, Ints] = {}
+    others = np.ones(numbers.size, bool)
+    sample = np.bincount(numbers[::32], minlength=extent)
+    for number in np.flatnonzero(sample > sample.sum() // 8).tolist():
+        same = numbers == number
+        found[number] = np.flatnonzero(same)
+        others &= ~same
+    rest = np.flatnonzero(others)
+    rest = rest.take(np.argsort(numbers.take(rest), kind="stable"))
+    cuts = np.searchsorted(numbers.take(rest), np.arange(extent + 1)).tolist()
+    for number in range(extent):
+        if cuts[number + 1] > cuts[number]:
+            found[number] = rest[cuts[number] : cuts[number + 1]]
+    return found
 
 
 class _Rows:
@@ -179,18 +192,20 @@ class _Rows:
             if key == "mem":
                 fields |= self.operand.fields(self.rows)
             elif key == "arg":
-                fields |= {"base": GPR[S.ARGS], "disp": self.c["disp"][self.rows]}
+                fields |= {"base": GPR[S.ARGS], "disp": self.c["disp"].take(self.rows)}
             elif key in ("pool", "code"):
-                fields |= {"base": RIP, "disp": self.pool if key == "pool" else self.c["disp"][self.rows]}
+                fields |= {"base": RIP, "disp": self.pool if key == "pool" else self.c["disp"].take(self.rows)}
             elif key == "imm":
-                fields["imm"] = source if isinstance(source, int) else self.c[source or "disp"][self.rows]
+                fields["imm"] = source if isinstance(source, int) else self.c[source or "disp"].take(self.rows)
             elif isinstance(source, int):
                 fields[key] = source
             elif self.scalar:
-                fields[key] = _GPR_OF[self.c[source][self.rows]]
+                fields[key] = _GPR_OF.take(self.c[source].take(self.rows))
             else:
                 column, _, above = source.partition("+")
-                register = self.c[column][self.rows] + np.int16(above or 0)
+                register = self.c[column].take(self.rows)
+                if above:
+                    register += np.int16(above)
                 fields[key] = register
                 if key == "rm" and source == "b" and (register < 0).any():
                     constant = register < 0
@@ -232,9 +247,7 @@ class _Addressing:
         self._moves: list[tuple[Ints, S, Ints, Ints]] = []
         self._products: list[tuple[Ints, S, Ints]] = []
         self._indexed = np.zeros(len(program), np.int8)
-        kind = _KIND.take(op)
-        memory = kind & _MEMORY != 0
-        writes = np.flatnonzero(kind & _WRITES)
+        memory, writes = _MEMORY.take(op), np.flatnonzero(_WRITES.take(op))
         labels = np.flatnonzero(op == OP["label"])
         for number in sorted({*_WINDOWED, *np.unique(ptr[c["step"] != 0]).tolist()}):
             pointer = S(number)
@@ -257,6 +270,7 @@ class _Addressing:
             self._check(
                 pointer, rows, rows[at], (window != 0) | (reach != 0), labels, written[~modifies], written[modifies]
             )
+        self._kind = ptr * np.int8(2) + (self._indexed != 0)
 
     def _windows(self, pointer: S, rows: Ints, encoding: int) -> Ints | None:
         """How many bytes the pointer is moved for each row; what is left of the displacement stays."""
@@ -317,17 +331,17 @@ class _Addressing:
 
     def alike(self, rows: Ints) -> list[Ints]:
         """``rows`` apart by pointer, and by whether there is an index: the plain ones are many, and quickly encoded."""
-        kind = self.c["ptr"][rows] * 2 + (self._indexed[rows] != 0)
-        if (kind == kind[0]).all():
+        kind = self._kind.take(rows)
+        if kind.min() == kind.max():
             return [rows]
-        return [rows[kind == one] for one in np.unique(kind)]
+        return [rows.take(np.flatnonzero(kind == one)) for one in np.unique(kind)]
 
     def fields(self, rows: Ints) -> dict[str, Field]:
         """The memory operand of ``rows``, which are alike, as fields of an instruction."""
-        fields: dict[str, Field] = {"base": GPR[S(int(self.c["ptr"][rows[0]]))], "disp": self.disp[rows]}
+        fields: dict[str, Field] = {"base": GPR[S(int(self.c["ptr"][rows[0]]))], "disp": self.disp.take(rows)}
         if self._indexed[rows[0]]:
-            indexed = self._indexed[rows]
-            fields |= {"index": _INDEX[indexed], "scale": _SCALE[indexed]}
+            indexed = self._indexed.take(rows)
+            fields |= {"index": _INDEX.take(indexed), "scale": _SCALE.take(indexed)}
         return fields
 
     def batches(self, start: Ints) -> list[Batch]:
