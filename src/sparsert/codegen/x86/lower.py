@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import InternalError
-from ..vector import OP, OPS, PITCH_OF, POOL_BYTES, Columns, Program, S
+from ..vector import OP, OPS, PITCH_OF, POOL_BYTES, Program, S, by_operation, unpacked
 from .encoder import EVEX512, LEGACY, RIP, VEX256, Batch, Field, Ints
 from .table import ALIGN, LABEL, ROW, ROWS
 
@@ -143,47 +143,35 @@ def lower(program: Program, encoding: int) -> list[Batch]:
     Label ``program.labels`` stands for the start of the constant pool.
     """
     recipes, c = _PARSED[encoding], program.columns
-    op = c["op"]
-    rows_by_op = _by_number(op, len(OPS))
+    op = np.ascontiguousarray(c["op"])
+    rows_by_op = by_operation(op)
     missing = [OPS[i].name for i in rows_by_op if i not in recipes]
     if missing:
         raise InternalError(f"no recipe for {missing} in this encoding")
-    operand = _Addressing(program, encoding)
+    operand = _Addressing(program, op, encoding)
     count = _COUNTS[encoding].take(op) + operand.extra
     start = np.cumsum(count) - count
     batches = operand.batches(start)
     start += operand.extra
     for number, rows_of in rows_by_op.items():
         for rows in operand.alike(rows_of) if "m" in OPS[number].form else [rows_of]:
-            view = _Rows(c, rows, operand, program.labels, OPS[number].scalar)
+            view = _Rows(program, rows, operand, OPS[number].scalar)
             for k, (row, enc, sources) in enumerate(recipes[number]):
                 batches += view.instruction(row, enc, start[rows] + k, sources)
     return batches
 
 
-def _by_number(numbers: NDArray[np.uint8], extent: int) -> dict[int, Ints]:
-    """Where each number below ``extent`` that occurs does so; the frequent ones cost a comparison, not a sort."""
-    found: dict[int, Ints] = {}
-    others = np.ones(numbers.size, bool)
-    sample = np.bincount(numbers[::32], minlength=extent)
-    for number in np.flatnonzero(sample > sample.sum() // 8).tolist():
-        same = numbers == number
-        found[number] = np.flatnonzero(same)
-        others &= ~same
-    rest = np.flatnonzero(others)
-    rest = rest.take(np.argsort(numbers.take(rest), kind="stable"))
-    cuts = np.searchsorted(numbers.take(rest), np.arange(extent + 1)).tolist()
-    for number in range(extent):
-        if cuts[number + 1] > cuts[number]:
-            found[number] = rest[cuts[number] : cuts[number + 1]]
-    return found
-
-
 class _Rows:
     """The program rows of one operation, as the fields of the instructions that stand for them."""
 
-    def __init__(self, c: Columns, rows: Ints, operand: _Addressing, pool: int, scalar: bool) -> None:
-        self.c, self.rows, self.operand, self.pool, self.scalar = c, rows, operand, pool, scalar
+    def __init__(self, program: Program, rows: Ints, operand: _Addressing, scalar: bool) -> None:
+        self.c, self.rows, self.operand, self.pool, self.scalar = (
+            program.columns, rows, operand, program.labels, scalar,
+        )  # fmt: skip
+        self.registers = unpacked(program.table.heads.take(rows))
+
+    def _column(self, name: str) -> NDArray[Any]:
+        return self.registers[name] if name in self.registers else self.c[name].take(self.rows)
 
     def instruction(self, row: int, enc: int, place: Ints, sources: dict[str, Any]) -> list[Batch]:
         fields: dict[str, Field] = {}
@@ -196,16 +184,16 @@ class _Rows:
             elif key in ("pool", "code"):
                 fields |= {"base": RIP, "disp": self.pool if key == "pool" else self.c["disp"].take(self.rows)}
             elif key == "imm":
-                fields["imm"] = source if isinstance(source, int) else self.c[source or "disp"].take(self.rows)
+                fields["imm"] = source if isinstance(source, int) else self._column(source or "disp")
             elif isinstance(source, int):
                 fields[key] = source
             elif self.scalar:
-                fields[key] = _GPR_OF.take(self.c[source].take(self.rows))
+                fields[key] = _GPR_OF.take(self.registers[source])
             else:
                 column, _, above = source.partition("+")
-                register = self.c[column].take(self.rows)
+                register = self.registers[column]
                 if above:
-                    register += np.int16(above)
+                    register = register + np.int16(above)
                 fields[key] = register
                 if key == "rm" and source == "b" and (register < 0).any():
                     constant = register < 0
@@ -238,9 +226,8 @@ class _Addressing:
     a loop.
     """
 
-    def __init__(self, program: Program, encoding: int) -> None:
-        c = program.columns
-        op, ptr = c["op"], c["ptr"]
+    def __init__(self, program: Program, op: NDArray[np.uint8], encoding: int) -> None:
+        c, ptr = program.columns, np.ascontiguousarray(program.columns["ptr"])
         self.c, self.disp = c, c["disp"].copy()
         self.extra = np.zeros(len(program), np.int64)
         self._index: dict[int, tuple[NDArray[np.int8], NDArray[np.int8]]] = {}
