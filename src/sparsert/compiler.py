@@ -298,9 +298,7 @@ def _build(
     kernel = matmul.generate(task, schedule, target)
     code = assemble(kernel.program, target.isa)
     within(len(code.code), budget)
-    kernel = replace(
-        kernel, program=Program(Table(0), (), 0, {})
-    )  # twice as large as the code, no longer needed
+    kernel = replace(kernel, program=Program(Table(0), (), 0, {}))  # twice as large as the code, no longer needed
     product = native(task, schedule, target, kernel, Executable(code.code))
     product.load(values, bias)
     return Built(kernel, product, len(code.code), code.instructions)

@@ -8,7 +8,7 @@ column  meaning
 op      row of :data:`OPS`
 d a b   registers: vector registers for vector operations, :class:`S` numbers for scalar ones; a negative ``b``
         is constant ``-1 - b`` of the program's constant pool (a whole vector)
-ptr     the scalar register a memory operand starts from
+ptr     the scalar register a memory operand starts from; 0 where there is none
 step    how many pitches of that pointer are added (row-major arrays, whose pitch is known at run time)
 disp    bytes added (memory operands), the immediate, or the label
 ======  =====================================================================================================

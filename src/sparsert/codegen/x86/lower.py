@@ -106,7 +106,6 @@ _MODIFIES = np.array(
     ]
 )
 _GPR_OF = np.array([GPR[s] for s in S], np.int8)
-_MEMORY = np.array(["m" in op.form for op in OPS])
 _WRITES = np.array([op.scalar and "d" in op.form for op in OPS])
 
 
@@ -148,7 +147,7 @@ def lower(program: Program, encoding: int) -> list[Batch]:
     missing = [OPS[i].name for i in rows_by_op if i not in recipes]
     if missing:
         raise InternalError(f"no recipe for {missing} in this encoding")
-    operand = _Addressing(program, op, encoding)
+    operand = _Addressing(program, rows_by_op, encoding)
     count = _COUNTS[encoding].take(op) + operand.extra
     start = np.cumsum(count) - count
     batches = operand.batches(start)
@@ -226,7 +225,7 @@ class _Addressing:
     a loop.
     """
 
-    def __init__(self, program: Program, op: NDArray[np.uint8], encoding: int) -> None:
+    def __init__(self, program: Program, rows_by_op: dict[int, Ints], encoding: int) -> None:
         c, ptr = program.columns, np.ascontiguousarray(program.columns["ptr"])
         self.c, self.disp = c, c["disp"].copy()
         self.extra = np.zeros(len(program), np.int64)
@@ -234,11 +233,12 @@ class _Addressing:
         self._moves: list[tuple[Ints, S, Ints, Ints]] = []
         self._products: list[tuple[Ints, S, Ints]] = []
         self._indexed = np.zeros(len(program), np.int8)
-        memory, writes = _MEMORY.take(op), np.flatnonzero(_WRITES.take(op))
-        labels = np.flatnonzero(op == OP["label"])
+        none = np.zeros(0, np.int64)
+        writes = np.sort(np.concatenate([none, *(rows for i, rows in rows_by_op.items() if _WRITES[i])]))
+        labels = rows_by_op.get(OP["label"], none)
         for number in sorted({*_WINDOWED, *np.unique(ptr[c["step"] != 0]).tolist()}):
             pointer = S(number)
-            rows = np.flatnonzero((ptr == number) & memory)
+            rows = np.flatnonzero(ptr == number)
             if not rows.size:
                 continue
             written = writes[c["d"][writes] == number]
@@ -250,10 +250,10 @@ class _Addressing:
             turns = [np.zeros(1, np.int64), turns[turns < rows.size]]
             turns += [np.flatnonzero(place[1:] != place[:-1]) + 1 for place in (window, reach) if place is not None]
             at = np.unique(np.concatenate(turns))
-            none = np.zeros(at.size, np.int64)
-            window, reach = none if window is None else window[at], none if reach is None else reach[at]
+            still = np.zeros(at.size, np.int64)
+            window, reach = still if window is None else window[at], still if reach is None else reach[at]
             self._move(pointer, rows[at], written, window, reach)
-            modifies = _MODIFIES[op[written]]
+            modifies = _MODIFIES[c["op"][written]]
             self._check(
                 pointer, rows, rows[at], (window != 0) | (reach != 0), labels, written[~modifies], written[modifies]
             )
