@@ -88,7 +88,8 @@ def _compile(
     native = DepthwiseProduct if depthwise.fits(task, request.target) else ConvProduct
     compiled = build(
         task, matrix.values, b, request, started,
-        partial(native, window=window, padding=pads), partial(ReferenceConv, window=window, padding=pads),
+        partial(native, window=window, padding=pads, room=request.budget),
+        partial(ReferenceConv, window=window, padding=pads),
     )  # fmt: skip
     return CompiledConv(compiled, b, window, pads, axes)
 

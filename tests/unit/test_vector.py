@@ -16,7 +16,7 @@ from sparsert.codegen.x86.lower import GPR, RECIPES
 from sparsert.errors import InternalError
 
 WITH_MASKS = {"mask_from", "load_by_mask", "mask_bits", "store_by_mask", "bcast_by_mask", "pick", "lanes_from",
-              "rotate_by_mask"}  # fmt: skip
+              "rotate_by_mask", "lanes_by_mask"}  # fmt: skip
 """Operations for ISAs that have mask registers."""
 
 

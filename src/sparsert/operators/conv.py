@@ -13,7 +13,7 @@ from ..sparsity.geometry import Geometry, Padding
 from ..sparsity.pattern import SparseMatrix, is_sparse, require_finite
 from ..sparsity.taps import Window
 from .arrays import Array, as_input, empty, overlaps, packed_columns, same_view
-from .images import column_phases, origin
+from .bands import column_phases, origin
 from .matmul import Compiled, _Operator, _Ready
 
 
