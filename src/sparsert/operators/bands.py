@@ -61,6 +61,7 @@ class Bands:
     Attributes:
         tiles: most column tiles of a band.
         group: of which so many a group.
+        tails: whether a band's y ends in the midst of a tile, whose results then go through scratch.
         direct: by copy, that of y and that of the residual: whether the code works on the caller's array itself.
     """
 
@@ -73,16 +74,17 @@ class Bands:
         lanes, self.phases = target.lanes, len(window.phases)
         self.tiles = max(-(-max(band.positions, lanes) // lanes) for band in bands)
         self.group = tiles_per_group(task, schedule, target, self.tiles)
+        columns = [band.positions for band in bands]
+        self.tails = bool(window.pitch) and any(n % lanes for n in columns)
         self.direct = {
-            self.phases: self._whole(arrays.y),
-            self.phases + 1: task.residual is not None and self._whole(arrays.r),
-        }
+            self.phases: self._gapless(arrays.y) and (window.pitch > 0 or min(columns) >= lanes),
+            self.phases + 1: task.residual is not None and self._gapless(arrays.r) and min(columns) >= lanes
+            and not self.tails,
+        }  # fmt: skip
 
-    def _whole(self, steps: Steps) -> bool:
-        """Whether an array's rows have no gaps, and its planes are long enough, or even enough, for tiles."""
-        lanes, columns = self.target.lanes, [band.positions for band in self.bands]
-        even = not self.window.pitch or all(n % lanes == 0 for n in columns)
-        return self.window.masked and steps.row == 4 * self.geometry.out[1] and min(columns) >= lanes and even
+    def _gapless(self, steps: Steps) -> bool:
+        """Whether rows of an array of y's shape lie as they do in planes."""
+        return self.window.masked and steps.row == 4 * self.geometry.out[1]
 
     @cached_property
     def x_plane(self) -> int:
@@ -105,6 +107,7 @@ class Bands:
         sizes[Arg.MASKS] = len(self.bands) * self.tiles * self.window.masks * lanes
         sizes |= {slot: rows * self.group * lanes for slot, rows in panels.items()}
         sizes[Arg.DISCARD] = discarded * lanes
+        sizes[Arg.TAIL] = self.task.pattern.rows * lanes if self.tails and self.direct[self.phases] else 0
         sizes = {slot: -(-floats // _LINE) * _LINE for slot, floats in sizes.items()}
         n_slots = planes.slots(self.task)
         ends = 2 * planes.copies(self.task) * lanes  # masks of the copies
@@ -145,6 +148,10 @@ class Bands:
         lanes = self.target.lanes
         return -(-band.positions // lanes) * lanes if self.window.pitch else max(band.positions, lanes)
 
+    def _tail(self, band: Band) -> int:
+        """Columns of the last tile, if that is not whole and the others go where the caller wants them."""
+        return band.positions % self.target.lanes if self.window.pitch and self.direct[self.phases] else 0
+
     def _product(self, s: Slots, band: Band) -> None:
         """Slots of the product itself."""
         lanes, arrays, columns = self.target.lanes, self.arrays, self._columns(band)
@@ -162,6 +169,7 @@ class Bands:
         s[Arg.X_GROUP : Arg.START] = 4 * lanes * self.group
         s[Arg.TILES], s[Arg.GROUP] = -(-columns // lanes), self.group
         s[Arg.X_PLANE] = 4 * self.x_plane
+        s[Arg.TAIL_AT] = 4 * (columns - lanes) if self._tail(band) else -1
         s[Arg.IMAGES], s[Arg.X_IMAGE] = arrays.images, arrays.x.image
         s[Arg.Y_IMAGE], s[Arg.R_IMAGE] = arrays.y.image, arrays.r.image
 
@@ -177,7 +185,11 @@ class Bands:
     def _copies(self, s: Slots, band: Band) -> list[_Copy]:
         """A copy per phase of x, one for y and one for a residual."""
         copies = [self._copy_in(s, band, phase, *runs) for phase, runs in enumerate(band.runs)]
-        copies.append(self._copy_rows(s, band, self.phases, self.arrays.y, Arg.Y_PLANES))
+        tail = self._tail(band)
+        copies.append(
+            self._copy_tail(s, band, tail) if tail else
+            self._copy_rows(s, band, self.phases, self.arrays.y, Arg.Y_PLANES)
+        )  # fmt: skip
         if self.task.residual is not None:
             copies.append(self._copy_rows(s, band, self.phases + 1, self.arrays.r, Arg.R_PLANES))
         return copies
@@ -212,6 +224,14 @@ class Bands:
             Move.ROW: steps.row, Move.AT: int(s[planes_at]), Move.PLANE: 4 * self.y_plane,
             Move.PITCH: 4 * band.pitch, Move.ROWS: 0 if self.direct[copy] else band.out[0],
         }, band.out[1], 1)  # fmt: skip
+
+    def _copy_tail(self, s: Slots, band: Band, columns: int) -> _Copy:
+        """The last ``columns`` of y's planes."""
+        y = self.arrays.y
+        return _Copy({
+            Move.FROM: band.rows[0] * y.row + 4 * (band.positions - columns), Move.CHANNEL: y.channel,
+            Move.AT: int(s[Arg.TAIL]), Move.PLANE: self.target.tile_bytes, Move.ROWS: 1,
+        }, columns, 1)  # fmt: skip
 
     def _move(self, s: Slots, number: int, copy: _Copy, mask: NDArray[np.int32]) -> None:
         """Slots of a copy, and the mask of the last vector of its rows."""

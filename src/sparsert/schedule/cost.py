@@ -137,7 +137,8 @@ def fitted(task: Task, target: Target, spare: int, general: Schedule) -> Schedul
     span = (height - 1) * window.pitch + width - 1 + lanes
     lines = min(-(-span // lanes), 3 * height)
     channels = -(-task.extent // (height * width))
-    segments = -(-channels * lines * target.tile_bytes // int(_CONV_NEAR * target.l1d))
+    near = int(_CONV_NEAR * target.l1d) // (lines * target.tile_bytes), _CONV_SEGMENT // (height * width)
+    segments = -(-channels // max(1, min(near)))
     segment = -(-channels // segments) * height * width
     long = segments > 1 and rows * segment * task.pattern.density >= _FITTED_TAPS
     return replace(general, rows=rows, k_segment=segment if long else 0)
