@@ -193,6 +193,7 @@ class Images:
         self._band = b.label("next band of rows")
         b.place(self._band)
         ends = [(Arg.Y_DIRECT, Arg.Y_HERE, Arg.Y_START, Arg.Y_PLANES)]
+        ends += [(Arg.X_DIRECT, Arg.X_HERE, Arg.X_START, Arg.X_PLANES)] * (self.window.pitch > 0)
         ends += [(Arg.R_DIRECT, Arg.R_HERE, Arg.R_START, Arg.R_PLANES)] * (self.task.residual is not None)
         for direct, image, start, base in ends:
             there = b.label()

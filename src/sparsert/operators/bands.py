@@ -17,6 +17,7 @@ from ..schedule.task import Task
 from ..sparsity.geometry import Band, Geometry, Run
 from ..sparsity.taps import Window
 from ..target import Target
+from .planes import BEYOND
 
 _Kind = TypeVar("_Kind", bound=Frame)
 Slots = NDArray[np.int64]
@@ -38,6 +39,7 @@ class Arrays(NamedTuple):
         images: how many.
         x, y, r: input, output, residual.
         phase: bytes from column phase to column phase of an x that comes that way, else 0.
+        room: floats of zeros before and behind every channel of x, which then begins a cache line.
     """
 
     images: int
@@ -45,6 +47,7 @@ class Arrays(NamedTuple):
     y: Steps
     r: Steps
     phase: int
+    room: int = 0
 
 
 class _Copy(NamedTuple):
@@ -62,6 +65,7 @@ class Bands:
         tiles: most column tiles of a band.
         group: of which so many a group.
         tails: whether a band's y ends in the midst of a tile, whose results then go through scratch.
+        in_place: whether x is read where the caller has it.
         direct: by copy, that of y and that of the residual: whether the code works on the caller's array itself.
     """
 
@@ -76,6 +80,7 @@ class Bands:
         self.group = tiles_per_group(task, schedule, target, self.tiles)
         columns = [band.positions for band in bands]
         self.tails = bool(window.pitch) and any(n % lanes for n in columns)
+        self.in_place = arrays.room > 0 and all(self._reads_in_place(band) for band in bands)
         self.direct = {
             self.phases: self._gapless(arrays.y) and (window.pitch > 0 or min(columns) >= lanes),
             self.phases + 1: task.residual is not None and self._gapless(arrays.r) and min(columns) >= lanes
@@ -85,6 +90,26 @@ class Bands:
     def _gapless(self, steps: Steps) -> bool:
         """Whether rows of an array of y's shape lie as they do in planes."""
         return self.window.masked and steps.row == 4 * self.geometry.out[1]
+
+    def _reads_in_place(self, band: Band) -> bool:
+        """Whether the zeros around channels of x are those that a band needs, and its planes begin a cache line."""
+        window, lanes = self.window, self.target.lanes
+        (_, cols), x = band.runs[0], self.arrays.x
+        if not window.pitch or self.phases > 1 or window.stride != (1, 1):
+            return False
+        if not x.row == 4 * band.pitch == 4 * cols.count:
+            return False
+        start = self._start(band)
+        furthest = window.shift + self.geometry.reach[0] * band.pitch + self.geometry.reach[1]
+        end = start // 4 + self._columns(band) + (furthest // lanes + 1) * lanes
+        behind = end - self.geometry.size[0] * band.pitch
+        aligned = start % self.target.tile_bytes == 0 == x.channel % self.target.tile_bytes
+        return aligned and -start // 4 <= self.arrays.room and behind <= self.arrays.room + BEYOND * lanes
+
+    def _start(self, band: Band) -> int:
+        """Bytes from the image to the plane of its first channel, if they are the same memory."""
+        rows, cols = band.runs[0]
+        return rows.first * self.arrays.x.row - 4 * (rows.zeros * band.pitch + cols.zeros + self.window.shift)
 
     @cached_property
     def x_plane(self) -> int:
@@ -138,7 +163,7 @@ class Bands:
         y_floats = self.task.pattern.rows * self.y_plane
         slack = 4 * lanes + 2 * max(band.pitch for band in self.bands)
         return {
-            Arg.X_PLANES: channels * self.phases * self.x_plane + slack,
+            Arg.X_PLANES: 0 if self.in_place else channels * self.phases * self.x_plane + slack,
             Arg.Y_PLANES: 0 if self.direct[self.phases] else y_floats + slack,
             Arg.R_PLANES: y_floats + slack if self.task.residual and not self.direct[self.phases + 1] else 0,
         }
@@ -168,7 +193,9 @@ class Bands:
         s[Arg.X_TILE : Arg.X_GROUP] = 4 * lanes
         s[Arg.X_GROUP : Arg.START] = 4 * lanes * self.group
         s[Arg.TILES], s[Arg.GROUP] = -(-columns // lanes), self.group
-        s[Arg.X_PLANE] = 4 * self.x_plane
+        s[Arg.X_PLANE], s[Arg.X_START] = 4 * self.x_plane, s[Arg.X_PLANES]
+        if self.in_place:
+            s[Arg.X_PLANE], s[Arg.X_START], s[Arg.X_DIRECT] = arrays.x.channel, self._start(band), 1
         s[Arg.TAIL_AT] = 4 * (columns - lanes) if self._tail(band) else -1
         s[Arg.IMAGES], s[Arg.X_IMAGE] = arrays.images, arrays.x.image
         s[Arg.Y_IMAGE], s[Arg.R_IMAGE] = arrays.y.image, arrays.r.image
@@ -196,6 +223,8 @@ class Bands:
 
     def _copy_in(self, s: Slots, band: Band, phase: int, rows: Run, cols: Run) -> _Copy:
         """A phase of x."""
+        if self.in_place:
+            return _Copy({}, 0, 1)
         x, window, lanes = self.arrays.x, self.window, self.target.lanes
         used = rows.count if cols.count else 0
         flat = x.row == 4 * band.pitch == 4 * cols.count and window.stride == (1, 1) and used > 0

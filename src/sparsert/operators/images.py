@@ -53,8 +53,12 @@ class ConvProduct(NativeProduct):
 
     def bind(self, x: Array, y: Array, r: Array | None, columns: int) -> Binding:
         """The binding for arrays like these: 4-D, or x 5-D with ``columns`` where it comes column phase by phase."""
+        return self.bind_planes(x, y, r, columns, 0)
+
+    def bind_planes(self, x: Array, y: Array, r: Array | None, columns: int, room: int) -> Binding:
+        """The same, with so many floats of zeros before and behind every channel of x, which begin cache lines."""
         key = (x.shape[0], x.shape[2], columns, *_steps(x), x.strides[3] if x.ndim == 5 else 0, *_steps(y),
-               *((0, 0, 0) if r is None else _steps(r)))  # fmt: skip
+               *((0, 0, 0) if r is None else _steps(r)), room)  # fmt: skip
         product = self._fitted(key)
         binding = product._bindings.get(key)
         return Binding(product, key) if binding is None else binding
@@ -114,6 +118,9 @@ class ConvProduct(NativeProduct):
         images, width, geometry = key[0], key[2], self.geometry(key)
         split = self._share_out(geometry, images)
         bands = self._bands(geometry, split.parts if split.by == _ROWS else 1)
+        whole = [geometry.band((0, geometry.out[0]))]
+        if split.by != _ROWS and self._described(key, geometry, whole).in_place:  # there are no planes to be kept small
+            bands = whole
         if len(self._splits) < MOST_SHAPES:
             self._splits[width] = split
         if self.crew is None or split.parts < 2:
@@ -149,9 +156,11 @@ class ConvProduct(NativeProduct):
 
     def _band_frame(self, kind: type[_Kind], key: tuple[int, ...], geometry: Geometry, bands: list[Band]) -> _Kind:
         """Argument blocks for bands of every image, and scratch."""
-        arrays = Arrays(key[0], Steps(*key[3:6]), Steps(*key[7:10]), Steps(*key[10:13]), key[6])
-        made = Bands(self.task, self.window, self.schedule, self.target, geometry, bands, arrays)
-        return made.frame(kind, self._panels(), self.kernel.discarded)
+        return self._described(key, geometry, bands).frame(kind, self._panels(), self.kernel.discarded)
+
+    def _described(self, key: tuple[int, ...], geometry: Geometry, bands: list[Band]) -> Bands:
+        arrays = Arrays(key[0], Steps(*key[3:6]), Steps(*key[7:10]), Steps(*key[10:13]), key[6], key[13])
+        return Bands(self.task, self.window, self.schedule, self.target, geometry, bands, arrays)
 
     def _bands(self, geometry: Geometry, least: int) -> list[Band]:
         """Rows, and columns where rows are very long, cut so that the planes of a band fit the second-level cache.
