@@ -36,7 +36,7 @@ def product_of(op: sparsert.CompiledConv) -> ConvProduct:
 def pair(monkeypatch: pytest.MonkeyPatch, *args: Any, **options: Any) -> list[sparsert.CompiledConv]:
     """The operator, and the same without code for sizes."""
     ops = [sparsert.compile_conv2d(*args, **options) for _ in range(2)]
-    monkeypatch.setattr(product_of(ops[1]), "fits", False)
+    monkeypatch.setattr(product_of(ops[1]), "tailors", False)
     return ops
 
 
@@ -164,8 +164,20 @@ def test_code_for_sizes_is_bounded(rng: np.random.Generator) -> None:
     tight = sparsert.compile_conv2d(weight, padding=1, max_code_bytes=op.stats.code_bytes + 8)
     x = np.ones((1, 4, 3, 8), np.float32)
     assert same_bits(tight(x), op(x))
-    room = product_of(tight).room
-    assert 0 <= room <= op.stats.code_bytes + 8
+    assert not product_of(tight)._by_window, "there is no room for a second piece of code"
+    assert "8 with code of their own" in op.explain()
+    assert "of their own" not in tight.explain()
+
+
+@MASKED
+def test_one_code_serves_every_length_of_one_row(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = pruned(rng, (20, 30, 3), 0.1)
+    op, general = (sparsert.compile_conv1d(weight, padding=1) for _ in range(2))
+    monkeypatch.setattr(product_of(general), "tailors", False)
+    for length in (3, 17, 160, 1001, 40_000):
+        x = rng.standard_normal((2, 30, length)).astype(np.float32)
+        assert same_bits(op(x), general(x))
+    assert len(product_of(op)._by_window) == 1
 
 
 def test_which_convolutions_get_such_code(rng: np.random.Generator) -> None:
@@ -174,7 +186,7 @@ def test_which_convolutions_get_such_code(rng: np.random.Generator) -> None:
 
     def fits(density: float, masked: bool, target: str, kernel: tuple[int, int] = (3, 3)) -> bool:
         pattern = as_sparse(pruned(rng, (128, 40 * kernel[0] * kernel[1]), density)).pattern
-        return cost.fits(Task(pattern, window=Window(kernel, masked=masked)), TARGETS[target])
+        return cost.tailors(Task(pattern, window=Window(kernel, masked=masked)), TARGETS[target])
 
     assert fits(0.1, True, "x86-avx512")
     assert not fits(0.5, True, "x86-avx512"), "loads bound nothing"

@@ -258,7 +258,7 @@ class Bands:
         """The last ``columns`` of y's planes."""
         y = self.arrays.y
         return _Copy({
-            Move.FROM: band.rows[0] * y.row + 4 * (band.positions - columns), Move.CHANNEL: y.channel,
+            Move.FROM: band.rows[0] * y.row + 4 * (band.columns[0] + band.positions - columns), Move.CHANNEL: y.channel,
             Move.AT: int(s[Arg.TAIL]), Move.PLANE: self.target.tile_bytes, Move.ROWS: 1,
         }, columns, 1)  # fmt: skip
 

@@ -85,6 +85,13 @@ class CompiledConv(_Operator):
         )
         return f"{o}x{c}x{kh}x{kw} sparse convolution{extra}"
 
+    def explain(self) -> str:
+        """What was compiled and why so, in a few lines."""
+        product = self._compiled.product
+        sizes = product.tailored if isinstance(product, ConvProduct) else {}
+        more = [f"sizes     {len(sizes)} with code of their own, {sum(sizes.values())} bytes"] if sizes else []
+        return "\n".join([super().explain(), *more])
+
     def _run(self, x: Any, out: Any, residual: Any) -> tuple[Array, _Ready | None]:
         room = x.room if isinstance(x, Planes) else 0
         x, out, residual = (a.images if isinstance(a, Planes) else a for a in (x, out, residual))
@@ -116,7 +123,7 @@ class CompiledConv(_Operator):
             x = self._staged(x)
         uncopied = target is y and x is given[0] and r is given[1]
         product = self._compiled.product
-        if room and uncopied and isinstance(product, ConvProduct) and product.fits:
+        if room and uncopied and isinstance(product, ConvProduct) and product.tailors:
             binding = product.bind_planes(x, y, r, columns, room)
             binding.call(address_of(x), address_of(y), 0 if r is None else address_of(r))
             return _Ready(binding, x, y, r)

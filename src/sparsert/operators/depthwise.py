@@ -56,7 +56,7 @@ class ChannelsProduct(NativeProduct):
 class DepthwiseProduct(ConvProduct):
     """Channel by channel where images and arrays allow it, else as any convolution, to the same bits."""
 
-    fits = False
+    tailors = False
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)

@@ -36,17 +36,17 @@ class ConvProduct(NativeProduct):
     Images of a few sizes get code of their own when they first come, which knows where their rows lie (note 0016).
 
     Attributes:
-        fits: whether there may be such code; room: bytes that are left for it.
+        tailors: whether there may be such code; room: bytes that are left for it.
     """
 
-    fits = True
+    tailors = True
 
     def __init__(
         self, task: Task, schedule: Schedule, target: Target, kernel: Kernel, executable: Executable, window: Window,
         padding: Padding, room: int,
     ) -> None:  # fmt: skip
         super().__init__(task, schedule, target, kernel, executable)
-        self.window, self.padding, self.room = window, padding, room
+        self.window, self.padding, self.room = window, padding, room - executable.memory.size
         self.unit, self.aligns_x = 1, False
         self._by_size: dict[tuple[int, ...], ConvProduct] = {}
         self._by_window: dict[Window, ConvProduct] = {}
@@ -59,11 +59,11 @@ class ConvProduct(NativeProduct):
         """The same, with so many floats of zeros before and behind every channel of x, which begin cache lines."""
         key = (x.shape[0], x.shape[2], columns, *_steps(x), x.strides[3] if x.ndim == 5 else 0, *_steps(y),
                *((0, 0, 0) if r is None else _steps(r)), room)  # fmt: skip
-        product = self._fitted(key)
+        product = self._tailored_to(key)
         binding = product._bindings.get(key)
         return Binding(product, key) if binding is None else binding
 
-    def _fitted(self, key: tuple[int, ...]) -> ConvProduct:
+    def _tailored_to(self, key: tuple[int, ...]) -> ConvProduct:
         """The product whose code is made for rows as long as those of such images; this one where there is none."""
         size = key[1:3]
         found = self._by_size.get(size)
@@ -71,23 +71,26 @@ class ConvProduct(NativeProduct):
             with self._changing:
                 if len(self._by_size) >= _MOST_SIZES:
                     self._by_size.clear()
-                found = self._by_size[size] = self._tailored(self.geometry(key))
+                found = self._by_size[size] = self._tailor(self.geometry(key))
         return found
 
-    def _tailored(self, geometry: Geometry) -> ConvProduct:
+    def _tailor(self, geometry: Geometry) -> ConvProduct:
         """Code for images like these, if it is worth while and there is room for it."""
-        if not self.fits or not cost.fits(self.task, self.target):
+        if not self.tailors or not cost.tailors(self.task, self.target):
             return self
         bands = self._bands(geometry, 1)
-        pitch, lanes = bands[0].pitch, self.target.lanes
-        if any(band.pitch != pitch for band in bands) or pitch > _LONGEST_ROW:
+        if any(band.columns != (0, geometry.out[1]) for band in bands):
+            return self
+        pitch = bands[0].pitch if self.window.kernel[0] > 1 else 1  # which a single row of taps does without
+        if pitch > _LONGEST_ROW:
             return self
         rows, columns = bands[0].runs[0]
-        window = replace(self.window, pitch=pitch, shift=-(rows.zeros * pitch + columns.zeros) % lanes)
+        shift = -(rows.zeros * bands[0].pitch + columns.zeros) % self.target.lanes
+        window = replace(self.window, pitch=pitch, shift=shift)
         if window in self._by_window:
             return self._by_window[window]
         task = replace(self.task, window=window)
-        schedule = cost.fitted(task, self.target, matmul.spare(task, self.target), self.schedule)
+        schedule = cost.tailored(task, self.target, matmul.spare(task, self.target), self.schedule)
         if len(self._by_window) >= _MOST_WINDOWS or cost.code_bytes(task, self.target) > self.room:
             return self
         kernel = matmul.generate(task, schedule, self.target)
@@ -100,6 +103,11 @@ class ConvProduct(NativeProduct):
         made.load(*self.current())
         self._by_window[window] = made
         return made
+
+    @property
+    def tailored(self) -> dict[int, int]:
+        """Bytes of code for sizes of images, by the floats between image rows."""
+        return {window.pitch: made.executable.memory.size for window, made in self._by_window.items()}
 
     def load(self, values: Array, bias: Array | None) -> None:
         """Pack new values; calls under way keep the ones they started with."""

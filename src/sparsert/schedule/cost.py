@@ -19,8 +19,8 @@ _SEGMENT_TAPS = 65  # ... if that leaves a row enough work to amortise carrying 
 _CONV_SEGMENT = 768  # displacements per segment of a convolution,
 _CONV_TAPS = 700  # ... if that leaves a block so much work
 _CONV_NEAR = 0.75  # of L1: what a segment's rows of x may take where the code knows how long they are,
-_FITTED_TAPS = 200  # ... if that leaves a block so much work
-_FITTED_USES = 5  # multiply-adds a vector of x from which on it may as well be loaded as it lies
+_TAILORED_TAPS = 200  # ... if that leaves a block so much work
+_TAILORED_USES = 5  # multiply-adds a vector of x from which on it may as well be loaded as it lies
 _LOAD_SHARE = 0.95  # loads that take so much of the time of the multiply-adds decide,
 _X_SHARE = 0.42  # and if so much of theirs goes into x, then it must be in L1
 _CARRIED = 10  # multiply-adds per row and segment that pay for carrying a sum into the next one
@@ -111,7 +111,7 @@ def _convolution(task: Task, target: Target, spare: int) -> Schedule:
     )
 
 
-def fits(task: Task, target: Target) -> bool:
+def tailors(task: Task, target: Target) -> bool:
     """Whether a convolution gets code for the size of its images, which cuts vectors of x out of cache lines.
 
     Where many multiply-adds share a vector, its load bounds nothing.
@@ -120,10 +120,10 @@ def fits(task: Task, target: Target) -> bool:
     if window is None or not 1 < window.masks <= target.masks:
         return False
     blocks = max(1, -(-rows // (target.registers - 1)))
-    return task.pattern.density * rows <= _FITTED_USES * blocks
+    return task.pattern.density * rows <= _TAILORED_USES * blocks
 
 
-def fitted(task: Task, target: Target, spare: int, general: Schedule) -> Schedule:
+def tailored(task: Task, target: Target, spare: int, general: Schedule) -> Schedule:
     """The schedule of such code: the ``general`` code's, if someone chose that, as far as registers permit.
 
     Otherwise segments are of so many channels that the rows of x that a tile reads, and those between them, which the
@@ -140,7 +140,7 @@ def fitted(task: Task, target: Target, spare: int, general: Schedule) -> Schedul
     near = int(_CONV_NEAR * target.l1d) // (lines * target.tile_bytes), _CONV_SEGMENT // (height * width)
     segments = -(-channels // max(1, min(near)))
     segment = -(-channels // segments) * height * width
-    long = segments > 1 and rows * segment * task.pattern.density >= _FITTED_TAPS
+    long = segments > 1 and rows * segment * task.pattern.density >= _TAILORED_TAPS
     return replace(general, rows=rows, k_segment=segment if long else 0)
 
 
