@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from typing import Any
 
 import numpy as np
@@ -193,6 +195,23 @@ def test_which_convolutions_get_such_code(rng: np.random.Generator) -> None:
     assert not fits(0.1, False, "x86-avx512")
     assert not fits(0.1, True, "x86-avx512", (1, 1)), "every load is aligned"
     assert not fits(0.1, True, "x86-avx2")
+
+
+@MASKED
+@pytest.mark.parametrize("density", [0.1, 0.6])
+def test_code_goes_with_its_operator(density: float, rng: np.random.Generator) -> None:
+    """Without a garbage collection: nothing refers to itself."""
+    op = sparsert.compile_conv2d(pruned(rng, (40, 8, 3, 3), density), padding=1)
+    op(np.ones((1, 8, 9, 9), np.float32))
+    product = product_of(op)
+    assert bool(product._by_window) == (density < 0.5)
+    left = [weakref.ref(made) for made in (product, *product._by_window.values())]
+    gc.disable()
+    try:
+        del op, product
+        assert [ref() for ref in left] == [None] * len(left)
+    finally:
+        gc.enable()
 
 
 @MASKED

@@ -88,8 +88,8 @@ class CompiledConv(_Operator):
     def explain(self) -> str:
         """What was compiled and why so, in a few lines."""
         product = self._compiled.product
-        sizes = product.tailored if isinstance(product, ConvProduct) else {}
-        more = [f"sizes     {len(sizes)} with code of their own, {sum(sizes.values())} bytes"] if sizes else []
+        sizes = product.tailored if isinstance(product, ConvProduct) else []
+        more = [f"sizes     {len(sizes)} with code of their own, {sum(sizes)} bytes"] if sizes else []
         return "\n".join([super().explain(), *more])
 
     def _run(self, x: Any, out: Any, residual: Any) -> tuple[Array, _Ready | None]:

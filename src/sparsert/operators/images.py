@@ -48,7 +48,7 @@ class ConvProduct(NativeProduct):
         super().__init__(task, schedule, target, kernel, executable)
         self.window, self.padding, self.room = window, padding, room - executable.memory.size
         self.unit, self.aligns_x = 1, False
-        self._by_size: dict[tuple[int, ...], ConvProduct] = {}
+        self._by_size: dict[tuple[int, ...], ConvProduct | None] = {}  # None: this one, which makes no cycle
         self._by_window: dict[Window, ConvProduct] = {}
 
     def bind(self, x: Array, y: Array, r: Array | None, columns: int) -> Binding:
@@ -66,24 +66,23 @@ class ConvProduct(NativeProduct):
     def _tailored_to(self, key: tuple[int, ...]) -> ConvProduct:
         """The product whose code is made for rows as long as those of such images; this one where there is none."""
         size = key[1:3]
-        found = self._by_size.get(size)
-        if found is None:
+        if size not in self._by_size:
             with self._changing:
                 if len(self._by_size) >= _MOST_SIZES:
                     self._by_size.clear()
-                found = self._by_size[size] = self._tailor(self.geometry(key))
-        return found
+                self._by_size[size] = self._tailor(self.geometry(key))
+        return self._by_size.get(size) or self
 
-    def _tailor(self, geometry: Geometry) -> ConvProduct:
-        """Code for images like these, if it is worth while and there is room for it."""
+    def _tailor(self, geometry: Geometry) -> ConvProduct | None:
+        """A product with code for images like these, if that is worth while and there is room for it."""
         if not self.tailors or not cost.tailors(self.task, self.target):
-            return self
+            return None
         bands = self._bands(geometry, 1)
         if any(band.columns != (0, geometry.out[1]) for band in bands):
-            return self
+            return None
         pitch = bands[0].pitch if self.window.kernel[0] > 1 else 1  # which a single row of taps does without
         if pitch > _LONGEST_ROW:
-            return self
+            return None
         rows, columns = bands[0].runs[0]
         shift = -(rows.zeros * bands[0].pitch + columns.zeros) % self.target.lanes
         window = replace(self.window, pitch=pitch, shift=shift)
@@ -92,11 +91,11 @@ class ConvProduct(NativeProduct):
         task = replace(self.task, window=window)
         schedule = cost.tailored(task, self.target, matmul.spare(task, self.target), self.schedule)
         if len(self._by_window) >= _MOST_WINDOWS or cost.code_bytes(task, self.target) > self.room:
-            return self
+            return None
         kernel = matmul.generate(task, schedule, self.target)
         code = assemble(kernel.program, self.target.isa).code
         if len(code) > self.room:
-            return self
+            return None
         self.room -= len(code)
         made = ConvProduct(task, schedule, self.target, kernel, Executable(code), window, self.padding, 0)
         made.crew, made._splits = self.crew, self._splits
@@ -105,9 +104,9 @@ class ConvProduct(NativeProduct):
         return made
 
     @property
-    def tailored(self) -> dict[int, int]:
-        """Bytes of code for sizes of images, by the floats between image rows."""
-        return {window.pitch: made.executable.memory.size for window, made in self._by_window.items()}
+    def tailored(self) -> list[int]:
+        """Bytes of code of every size of images that has its own."""
+        return [made.executable.memory.size for made in list(self._by_window.values())]
 
     def load(self, values: Array, bias: Array | None) -> None:
         """Pack new values; calls under way keep the ones they started with."""
