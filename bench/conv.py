@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """Convolutions beside dense engines: ResNet-50's 3x3 layers, MobileNetV1's depthwise ones, one image, one thread.
 
-    SPARSERT_TEST_DATA=... python bench/conv.py [--json bench/results/conv.json] [--group resnet50|depthwise]
+    SPARSERT_TEST_DATA=... python bench/conv.py [--json bench/results/conv.json] [--group resnet50|depthwise|chains]
 
 Best dense is the fastest of oneDNN (through PyTorch, NCHW and NHWC, weights packed), ONNX Runtime and OpenVINO in
 float32, each with the algorithm that it chooses itself, Winograd's included. All are timed in the same rounds; figures
-are medians of ratios within a round. The 512@7 layers have uniform random patterns: the published weights lack them.
+are medians of ratios within a round. The 512@7 layers have the pattern of another pruned ResNet-50, and random values:
+the published weights lack them. Chains are three 3x3 layers in a row, on ``Planes`` and on arrays.
 """
 
 from __future__ import annotations
@@ -145,11 +146,33 @@ def measure(p: Problem, rounds: int) -> dict[str, Any]:
             "relative_error": error, "schedule": str(op.schedule)}  # fmt: skip
 
 
+def chain(p: Problem, rounds: int, layers: int = 3) -> dict[str, Any]:
+    """The layer, with a ReLU, several times in a row: on arrays, and on planes that need no copies."""
+    x = np.random.default_rng(0).standard_normal((1, len(p.weight), p.size, p.size)).astype(np.float32)
+    ops = [sparsert.compile_conv2d(p.weight, activation="relu", padding=1, threads=1) for _ in range(layers)]
+    forms: dict[str, list[Any]] = {
+        "arrays": [x] + [np.empty_like(x) for _ in ops],
+        "planes": [sparsert.Planes.of(x)] + [sparsert.Planes(x.shape) for _ in ops],
+    }
+    calls: dict[str, Call] = {}
+    for name, arrays in forms.items():
+        bound = [op.bind(source, out=out) for op, source, out in zip(ops, arrays, arrays[1:], strict=False)]
+        calls[name] = lambda bound=bound: [call() for call in bound]
+        calls[name]()
+    if not np.array_equal(forms["arrays"][-1], forms["planes"][-1].images):
+        raise SystemExit(f"{p.name}: planes give other bits")
+    samples = interleave(calls, rounds, 3e-3)
+    ratio = samples.speedup("planes", "arrays")
+    ms = {name: round(1e3 * samples.time(name).median, 4) for name in samples.seconds}
+    return {"problem": p.name, "group": p.groups[0], "layers": layers, "ms": ms, "speedup": round(ratio.median, 3),
+            "spread": [round(ratio.low, 3), round(ratio.high, 3)]}  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--json", type=Path)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--group", choices=["resnet50", "depthwise"])
+    parser.add_argument("--group", choices=["resnet50", "depthwise", "chains"])
     args = parser.parse_args()
     sets = {"resnet50": resnet50, "depthwise": depthwise}
     rows = []
@@ -159,6 +182,10 @@ def main() -> None:
             shown = ("problem", "groups", "speedup", "spread", "best_dense", "ms")
             print({key: rows[-1][key] for key in shown},
                   flush=True)  # fmt: skip
+    chains = []
+    for problem in resnet50() if args.group in (None, "chains") else ():
+        chains.append(chain(problem, args.rounds))
+        print(chains[-1], flush=True)
     means = {}
     for goal, (target, stretch) in GOALS.items():
         values = [row["speedup"] for row in rows if goal in row["groups"]]
@@ -167,7 +194,8 @@ def main() -> None:
             print(f"{goal}: {means[goal]} over best dense (target {target}, stretch {stretch})")
     if args.json:
         args.json.write_text(
-            json.dumps({"environment": describe(1, "native"), "rows": rows, "means": means}, indent=1) + "\n"
+            json.dumps({"environment": describe(1, "native"), "rows": rows, "chains": chains, "means": means}, indent=1)
+            + "\n"
         )
 
 

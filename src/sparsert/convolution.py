@@ -37,6 +37,9 @@ def compile_conv2d(
 ) -> CompiledConv:  # fmt: skip
     """Compile ``y = act(conv2d(x, W) + b)`` for a sparse W; x (B, C, H, W) of any B, H and W.
 
+    With AVX-512, images of a width that comes for the first time get code of their own if that is faster, in about the
+    time of the compilation; up to eight widths, and as far as ``max_code_bytes`` permits.
+
     Args:
         weight: (O, C / groups, kh, kw), its pattern is ``weight != 0``; or, with ``kernel``, a matrix
             (O, C / groups * kh * kw) in any form that :func:`compile_matmul` takes.
@@ -89,7 +92,8 @@ def _compile(
     native = DepthwiseProduct if depthwise.fits(task, request.target) else ConvProduct
     compiled = build(
         task, matrix.values, b, request, started,
-        partial(native, window=window, padding=pads), partial(ReferenceConv, window=window, padding=pads),
+        partial(native, window=window, padding=pads, room=request.budget),
+        partial(ReferenceConv, window=window, padding=pads),
     )  # fmt: skip
     return CompiledConv(compiled, b, window, pads, axes)
 

@@ -19,8 +19,13 @@ from unit.test_convolution import close, convolve, drawn, pruned
 FIXED = ({
     "groups": 20, "inputs": 20, "outputs": 20, "kernel": (3, 3), "stride": (3, 2), "dilation": (1, 1),
     "pads": ((1, 1), (1, 1)), "size": (28, 4), "images": 3, "residual": "before", "density": 2.0, "bias": False,
-},)  # fmt: skip
-"""Run before those that are drawn: a residual behind whose last rows a vector reaches beyond the array."""
+}, *({
+    "groups": 1, "inputs": 9, "outputs": 40, "kernel": (k, k), "stride": (1, 1), "dilation": (1, 1),
+    "pads": ((k // 2, k // 2),) * 2, "size": size, "images": 2, "residual": residual, "density": 0.08, "bias": True,
+} for k, size, residual in ((3, (14, 14), None), (3, (7, 7), None), (3, (5, 28), "before"), (5, (6, 11), "after"),
+                            (3, (3, 5), "before"))))  # fmt: skip
+"""Run before those that are drawn: a residual behind whose last rows a vector reaches beyond the array, and layers
+whose sizes get code of their own."""
 
 
 def run_case(c: dict[str, Any], rng: np.random.Generator, targets: Sequence[str]) -> list[str]:
@@ -61,6 +66,8 @@ def run_case(c: dict[str, Any], rng: np.random.Generator, targets: Sequence[str]
                 if not close(out, want, magnitude, int(np.prod(w.shape[1:])) + 2):
                     problems.append(f"{target}: wrong")
                 results.append(np.array(out))
+            around = sparsert.Planes.of(x, max(map(max, c["pads"])))
+            results.append(np.array(op(around, out=sparsert.Planes(want.shape), residual=r)))
     problems += ["other bits"] * (not all(same_bits(y, results[0]) for y in results[1:]))
     problems += buffers.complaints()
     return problems if buffers.internal() else [*problems, "no buffer of the package's own was guarded"]

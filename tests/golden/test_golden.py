@@ -67,6 +67,9 @@ TASKS = {
     "gelu": Golden(("x",), Schedule(1), "tile_major", activation="gelu"),
     "conv": Golden(("x........x....x...", "...x............x."), Schedule(2), window=Window((3, 3))),
     "conv_masked": Golden(("x.......x", ".x....x.."), Schedule(2), window=Window((3, 3), masked=True)),
+    "conv_tailored": Golden(
+        ("xx......x", ".x....x.x"), Schedule(2), window=Window((3, 3), masked=True, pitch=10, shift=5)
+    ),
     "conv_strided": Golden(("x...x...x",), Schedule(1), bias=True, window=Window((3, 3), (2, 2))),
     "conv_packed": Golden(
         ("x...x...x", "x.......x"), Schedule(1, packing="beside"), residual="after", window=Window((3, 3))
@@ -82,7 +85,7 @@ def listed(golden: Golden, isa: str) -> str:
     task = Task(pattern, golden.bias, found.name if found else None, parameters, golden.residual, golden.layout,
                 golden.window)  # fmt: skip
     if golden.window and golden.window.masks > TARGETS[isa].masks:
-        task = replace(task, window=replace(golden.window, masked=False))
+        task = replace(task, window=replace(golden.window, masked=False, pitch=0, shift=0))
     head = [f"# {pattern.rows}x{pattern.cols}, {golden.layout}, {golden.schedule}"]
     head += [f"#   {row}" for row in golden.pattern if len(row) < 40]
     return "\n".join(head) + "\n" + listing(matmul.generate(task, golden.schedule, TARGETS[isa]).program, isa)

@@ -16,7 +16,7 @@ from sparsert.codegen.x86.lower import GPR, RECIPES
 from sparsert.errors import InternalError
 
 WITH_MASKS = {"mask_from", "load_by_mask", "mask_bits", "store_by_mask", "bcast_by_mask", "pick", "lanes_from",
-              "rotate_by_mask"}  # fmt: skip
+              "rotate_by_mask", "lanes_by_mask"}  # fmt: skip
 """Operations for ISAs that have mask registers."""
 
 
@@ -138,14 +138,19 @@ def test_what_shuffles_lanes_and_masks_by_bits() -> None:
     b.emit("store", a=3, ptr=S.Y, disp=48)
     b.emit("pick", d=0, a=2, b=1)
     b.emit("store_by_mask", a=0, b=0, ptr=S.Y, disp=64)
+    for register in range(2):
+        b.emit("load", d=register, ptr=S.X, disp=16 * register)
+    b.emit("lanes_by_mask", d=3, a=0, b=1, step=0, disp=3)
+    b.emit("store", a=3, ptr=S.Y, disp=80)
     b.emit("leave")
     x = np.array([0, 1, 2, 3, 4, 5, 6, 7, 0, 0, 0, 0], np.float32)
     x.view(np.int32)[8:] = [7, 1, 0, 4]
-    masks, y = np.array([0b0110, 0], np.uint16), np.full(20, 9, np.float32)
+    masks, y = np.array([0b0110, 0], np.uint16), np.full(24, 9, np.float32)
     args = np.array([1 << 12, 1 << 16, 1 << 20], np.int64)
     memory = {"x": interpreter.region(1 << 12, x), "y": interpreter.region(1 << 16, y)}
     interpreter.run(b.finish(), 4, args, {**memory, "masks": interpreter.region(1 << 20, masks)})
-    assert y.reshape(5, 4).tolist() == [[1, 2, 3, 4], [0, 0, 1, 0], [0, 1, 1, 0], [0] * 4, [9, 1, 0, 9]]
+    got = [[1, 2, 3, 4], [0, 0, 1, 0], [0, 1, 1, 0], [0] * 4, [9, 1, 0, 9], [0, 4, 5, 0]]
+    assert y.reshape(6, 4).tolist() == got
 
 
 def test_numbered_masks_select_lanes() -> None:

@@ -271,6 +271,12 @@ def _lanes_from(m: Machine, r: Row) -> None:
     m.vector[r.d] = both[r.disp : r.disp + m.lanes]
 
 
+def _lanes_by_mask(m: Machine, r: Row) -> None:
+    mask = _numbered(m, r._replace(b=r.step))
+    _lanes_from(m, r)
+    m.vector[r.d] = np.where(mask, m.vector[r.d], np.float32(0))
+
+
 def _rotate_by_mask(m: Machine, r: Row) -> None:
     m.vector[r.d] = np.where(_numbered(m, r), np.roll(m.lane(r.a), -r.disp), np.float32(0))
 
@@ -457,6 +463,7 @@ EFFECTS: dict[str, Callable[[Machine, Row], None]] = {
     "bcast_by_mask": _bcast_by_mask,
     "pick": _pick,  # lanes of d and then b, by the numbers in a
     "lanes_from": _lanes_from,  # of a and then b, from a lane of a on
+    "lanes_by_mask": _lanes_by_mask,  # the same, zero where the mask that step names is off
     "rotate_by_mask": _rotate_by_mask,  # lane i from lane i + disp, zero where mask b is off
     "prefetch": _prefetch,  # into the second-level cache
     "prefetch_near": _prefetch,  # into the first

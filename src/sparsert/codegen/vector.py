@@ -9,7 +9,8 @@ op      row of :data:`OPS`
 d a b   registers: vector registers for vector operations, :class:`S` numbers for scalar ones; a negative ``b``
         is constant ``-1 - b`` of the program's constant pool (a whole vector)
 ptr     the scalar register a memory operand starts from; 0 where there is none
-step    how many pitches of that pointer are added (row-major arrays, whose pitch is known at run time)
+step    how many pitches of that pointer are added (row-major arrays, whose pitch is known at run time); the mask of
+        operations that have one beside ``a`` and ``b``
 disp    bytes added (memory operands), the immediate, or the label
 ======  =====================================================================================================
 
@@ -88,6 +89,7 @@ def _table() -> tuple[Op, ...]:
         "prefetch_near": "m",
         "mask_bits": "dm", "store_by_mask": "amb", "bcast_by_mask": "dmb",
         "pick": "dab", "lanes_from": "dabi", "rotate_by_mask": "dabi",
+        "lanes_by_mask": "dabi",
     }  # fmt: skip
     scalar = {
             "s_arg": "di", "s_put": "ai", "s_mov": "da", "s_add": "da", "s_sub": "da", "s_addi": "di", "s_set": "di",

@@ -70,7 +70,7 @@ def accumulate(
     if handover.task.window and not tiled:
         in_place = loaded
     window = handover.task.window
-    walk = planes.walk(taps, window, k[in_place], cells[in_place]) if window else None
+    walk = planes.walk(taps, window, k[in_place], cells[in_place], schedule.rows + 1, target) if window else None
     per_tap = p.fresh + np.int64(1 + broadcast)
     per_tap[kept] += 1
     vector, opening = _weights(p, cells, target.lanes if by_element else 0)

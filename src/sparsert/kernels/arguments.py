@@ -80,6 +80,10 @@ class Arg(Slots):
     Y_HERE = auto()
     R_HERE = auto()
     W_HERE = auto()
+    TAIL_AT = auto()  # offset of a tile that y ends in the midst of, -1 if there is none,
+    TAIL = auto()  # and scratch for its results
+    X_DIRECT = auto()  # whether planes of x are the caller's; their offset in the image, or their address
+    X_START = auto()
 
 
 SLOTS = len(Arg)

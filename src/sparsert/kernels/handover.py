@@ -79,6 +79,8 @@ class Handover:
                 b.emit("s_set", d=S.PY, disp=self.target.tile_bytes)
             else:
                 b.emit("s_arg", d=S.PY, disp=pitch.byte)
+        if pitch is not None and self.task.window and self.task.window.pitch:
+            self._tail(b, cursor)
         if self.chained:
             if self.task.layout == "row_major":
                 b.emit("s_muli", d=S.TMP, a=S.PY, disp=first)
@@ -93,6 +95,16 @@ class Handover:
             b.emit("s_put", a=S.Y, disp=Arg.BEHIND.byte)
             if self.task.layout == "row_major":
                 b.emit("s_put", a=S.PY, disp=Arg.BEHIND_PITCH.byte)
+
+    def _tail(self, b: Builder, cursor: Cursor) -> None:
+        """To scratch instead, if y ends in the midst of the tile."""
+        whole = b.label()
+        b.emit("s_arg", d=S.TMP, disp=cursor.at.byte)
+        b.emit("s_arg", d=S.W, disp=Arg.TAIL_AT.byte)
+        b.emit("jump_differs", a=S.TMP, b=S.W, disp=whole)
+        b.emit("s_arg", d=S.Y, disp=Arg.TAIL.byte)
+        b.emit("s_set", d=S.PY, disp=self.target.tile_bytes)
+        b.place(whole)
 
     def close(self, b: Builder, cell: int = 0) -> None:
         """Store what the last turn left, which was one of ``cell`` unless the turns are chained."""

@@ -13,7 +13,7 @@ from ..schedule.task import Task
 from ..sparsity.reorder import ORDERS
 from ..sparsity.taps import Taps
 from ..target import Target
-from . import epilogue, layout, planes
+from . import epilogue, layout, lines, planes
 from .accumulate import accumulate
 from .arguments import Arg
 from .blocks import Blocks
@@ -59,7 +59,8 @@ def spare(task: Task, target: Target) -> int:
     """Vector registers no accumulator may take: those of the inner loop or of the epilogue, whichever needs more."""
     code = epilogue.template(task, target, Builder())
     transposing = layout.TRANSPOSE_REGISTERS if _scatters(task) else 0
-    return max(epilogue.inner_registers(target), code.registers + target.scratch if code else 0, transposing)
+    inner = epilogue.inner_registers(target) + (lines.REGISTERS if task.window and task.window.pitch else 0)
+    return max(inner, code.registers + target.scratch if code else 0, transposing)
 
 
 def _scatters(task: Task) -> bool:

@@ -19,6 +19,7 @@ from ..schedule.task import Task
 from ..sparsity.taps import Taps, Window
 from ..target import Target
 from .arguments import SLOTS, Arg, Move
+from .lines import REGISTERS, Lines, lines
 
 Ints = NDArray[np.int64]
 _STEPS = 8  # rows that the multiples of a pitch reach from one base,
@@ -36,6 +37,8 @@ class Walk:
         plane, rows, floats: by how many planes, pitches and floats.
         step, disp: of the operand.
         mask: the number of its mask, if there are any.
+        lines: how vectors are cut out of cache lines, where the code knows the distance of rows;
+        register: the first that may hold lines; width: bytes of one.
     """
 
     plane: Ints
@@ -44,21 +47,33 @@ class Walk:
     step: Ints
     disp: Ints
     mask: Ints | None
+    lines: Lines | None = None
+    register: int = 0
+    width: int = 0
 
     @property
     def load(self) -> dict[str, Any]:
         """Columns of the loads, all but the register."""
         masked = {"op": OP["load"]} if self.mask is None else {"op": OP["load_by_mask"], "b": self.mask}
-        return {**masked, "ptr": S.X, "step": self.step, "disp": self.disp}
+        plain: dict[str, Any] = {"a": 0, "b": 0, **masked, "ptr": S.X, "step": self.step, "disp": self.disp}
+        if self.lines is None:
+            return plain
+        low, high = (self.register + (self.lines.line + i) % REGISTERS for i in (0, 1))
+        shuffled: dict[str, Any] = {
+            "op": OP["lanes_by_mask"], "a": low, "b": high, "step": self.mask, "disp": self.lines.lane,
+        }  # fmt: skip
+        return plain | {name: np.where(self.lines.cut, column, plain[name]) for name, column in shuffled.items()}
 
     @property
     def moves(self) -> Ints:
         """Program rows in front of each load."""
         moves = (self.plane == 1) + 3 * (self.plane > 1) + 2 * (self.row != 0) + (self.floats != 0)
+        if self.lines is not None:
+            moves = moves + self.lines.low + self.lines.high
         return np.asarray(moves, np.int64)
 
     def rows(self) -> Iterator[tuple[NDArray[np.bool_], dict[str, Any]]]:
-        """The program rows that move X, and in front of which loads."""
+        """The program rows that move X or load lines, and in front of which loads."""
         one, many, row, floats = self.plane == 1, self.plane > 1, self.row != 0, self.floats != 0
         plane = {"disp": Arg.X_PLANE.byte}
         onto_x = {"op": OP["s_add"], "d": S.X, "a": S.TMP}
@@ -69,10 +84,18 @@ class Walk:
         yield row, {"op": OP["s_muli"], "d": S.TMP, "a": S.PX, "disp": self.row[row]}
         yield row, onto_x
         yield floats, {"op": OP["s_addi"], "d": S.X, "disp": 4 * self.floats[floats]}
+        if self.lines is not None:
+            for loaded, behind in ((self.lines.low, 0), (self.lines.high, 1)):
+                line = self.lines.line[loaded] + behind
+                register = self.register + line % REGISTERS
+                yield loaded, {"op": OP["load"], "d": register, "ptr": S.X, "disp": line * self.width}
 
 
-def walk(taps: Taps, window: Window, key: Ints, chain: NDArray[Any]) -> Walk:
-    """The walk over ``key``, whose planes rise within a chain; X starts at plane 0 where ``chain`` changes."""
+def walk(taps: Taps, window: Window, key: Ints, chain: NDArray[Any], register: int, target: Target) -> Walk:
+    """The walk over ``key``, whose planes rise within a chain; X starts at plane 0 where ``chain`` changes.
+
+    ``register``: the first of those that are free for lines.
+    """
     plane, pitch, offset = taps.place(key)
     far_row, far_offset = pitch // _STEPS, offset // _NEAR
     goes_on = np.zeros(key.size, bool)
@@ -83,6 +106,10 @@ def walk(taps: Taps, window: Window, key: Ints, chain: NDArray[Any]) -> Walk:
         delta[1:] -= column[:-1] * goes_on[1:]
         return delta
 
+    if window.pitch:
+        none, place = np.zeros_like(plane), window.shift + pitch * window.pitch + offset
+        return Walk(difference(plane), none, none, none, 4 * place, _masks(window, plane, offset),
+                    lines(place, plane, chain, target.lanes), register, target.tile_bytes)  # fmt: skip
     return Walk(difference(plane), difference(far_row) * _STEPS, difference(far_offset) * _NEAR,
                 pitch % _STEPS, 4 * (offset % _NEAR), _masks(window, plane, offset))  # fmt: skip
 
@@ -111,7 +138,7 @@ def load_masks(b: Builder, window: Window, target: Target) -> None:
 
 def copy(b: Builder, taps: Taps, window: Window, key: Ints, register: int, target: Target) -> None:
     """The vectors that ``key`` names, from where X points to the panel."""
-    path = walk(taps, window, key, np.zeros(key.size, np.int8))
+    path = walk(taps, window, key, np.zeros(key.size, np.int8), register + 1, target)
     before: list[list[dict[str, Any]]] = [[] for _ in range(key.size)]
     for some, columns in path.rows():
         for i, load in enumerate(np.flatnonzero(some).tolist()):
@@ -166,6 +193,7 @@ class Images:
         self._band = b.label("next band of rows")
         b.place(self._band)
         ends = [(Arg.Y_DIRECT, Arg.Y_HERE, Arg.Y_START, Arg.Y_PLANES)]
+        ends += [(Arg.X_DIRECT, Arg.X_HERE, Arg.X_START, Arg.X_PLANES)] * (self.window.pitch > 0)
         ends += [(Arg.R_DIRECT, Arg.R_HERE, Arg.R_START, Arg.R_PLANES)] * (self.task.residual is not None)
         for direct, image, start, base in ends:
             there = b.label()

@@ -8,23 +8,26 @@ import numpy as np
 
 from ..errors import ShapeError
 from ..kernels.activations import ACTIVATIONS
+from ..runtime.cpu import address_of
 from ..schedule.task import Task
 from ..sparsity.geometry import Geometry, Padding
 from ..sparsity.pattern import SparseMatrix, is_sparse, require_finite
 from ..sparsity.taps import Window
 from .arrays import Array, as_input, empty, overlaps, packed_columns, same_view
-from .images import column_phases, origin
+from .bands import column_phases, origin
+from .images import ConvProduct
 from .matmul import Compiled, _Operator, _Ready
+from .planes import Planes
 
 
 class CompiledConv(_Operator):
     """``y = act(conv(x, W) + b)`` for one sparse W, compiled.
 
     Args (of a call):
-        x: float32 (B, C, H, W), any B, H and W that padding and kernel admit; rows whose elements lie back to back
-            are read in place.
+        x: float32 (B, C, H, W), any B, H and W that padding and kernel admit, or :class:`Planes`; rows whose elements
+            lie back to back are read in place.
         out: float32 (B, O, H', W'), written and returned; a new array if None. It may be ``residual`` itself, but not
-            overlap x.
+            overlap x. Of :class:`Planes` the images are written and returned.
         residual: float32 like ``out``, exactly if compiled with ``residual=``.
     """
 
@@ -82,7 +85,16 @@ class CompiledConv(_Operator):
         )
         return f"{o}x{c}x{kh}x{kw} sparse convolution{extra}"
 
+    def explain(self) -> str:
+        """What was compiled and why so, in a few lines."""
+        product = self._compiled.product
+        sizes = product.tailored if isinstance(product, ConvProduct) else []
+        more = [f"sizes     {len(sizes)} with code of their own, {sum(sizes)} bytes"] if sizes else []
+        return "\n".join([super().explain(), *more])
+
     def _run(self, x: Any, out: Any, residual: Any) -> tuple[Array, _Ready | None]:
+        room = x.room if isinstance(x, Planes) else 0
+        x, out, residual = (a.images if isinstance(a, Planes) else a for a in (x, out, residual))
         x = as_input(x, "x")
         if x.ndim != 2 + self.axes or x.shape[1] != self.channels[1]:
             size = "H, W" if self.axes == 2 else "L"
@@ -91,10 +103,15 @@ class CompiledConv(_Operator):
         shape = (*outer, rows, columns) if self.axes == 2 else (*outer, columns)
         y = empty(shape) if out is None else self._output(out, shape, x)
         r = self._residual(residual, shape)
-        return y, self._images(as_images(x), as_images(y), None if r is None else as_images(r)) if y.size else None
+        if not y.size:
+            return y, None
+        return y, self._images(as_images(x), as_images(y), None if r is None else as_images(r), room)
 
-    def _images(self, x: Array, y: Array, r: Array | None) -> _Ready | None:
-        """Run, on copies where the kernel cannot take the arrays as they are; None if there were any."""
+    def _images(self, x: Array, y: Array, r: Array | None, room: int) -> _Ready | None:
+        """Run, on copies where the kernel cannot take the arrays as they are; None if there were any.
+
+        ``room``: floats of zeros around each channel of x.
+        """
         given = x, r
         if r is not None and overlaps(r, y) and (self.window.masked or not same_view(r, y)):
             r = r.copy()  # tiles and bands that overlap would read what others have written
@@ -105,6 +122,11 @@ class CompiledConv(_Operator):
         if self.window.stride[1] > 2 and self.schedule is not None:
             x = self._staged(x)
         uncopied = target is y and x is given[0] and r is given[1]
+        product = self._compiled.product
+        if room and uncopied and isinstance(product, ConvProduct) and product.tailors:
+            binding = product.bind_planes(x, y, r, columns, room)
+            binding.call(address_of(x), address_of(y), 0 if r is None else address_of(r))
+            return _Ready(binding, x, y, r)
         ready = self._finish(x, target, r, columns, uncopied)
         if target is not y:
             y[...] = target

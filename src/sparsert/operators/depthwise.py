@@ -56,6 +56,8 @@ class ChannelsProduct(NativeProduct):
 class DepthwiseProduct(ConvProduct):
     """Channel by channel where images and arrays allow it, else as any convolution, to the same bits."""
 
+    tailors = False
+
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._by_shape: dict[tuple[int, ...], ChannelsProduct | None] = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from ..target import Target
@@ -18,6 +18,9 @@ _SEGMENT = 1024  # input rows per segment: its part of x stays in L2 and a block
 _SEGMENT_TAPS = 65  # ... if that leaves a row enough work to amortise carrying its sum
 _CONV_SEGMENT = 768  # displacements per segment of a convolution,
 _CONV_TAPS = 700  # ... if that leaves a block so much work
+_CONV_NEAR = 0.75  # of L1: what a segment's rows of x may take where the code knows how long they are,
+_TAILORED_TAPS = 200  # ... if that leaves a block so much work
+_TAILORED_USES = 5  # multiply-adds a vector of x from which on it may as well be loaded as it lies
 _LOAD_SHARE = 0.95  # loads that take so much of the time of the multiply-adds decide,
 _X_SHARE = 0.42  # and if so much of theirs goes into x, then it must be in L1
 _CARRIED = 10  # multiply-adds per row and segment that pay for carrying a sum into the next one
@@ -106,6 +109,39 @@ def _convolution(task: Task, target: Target, spare: int) -> Schedule:
         -(-extent // segments) if segments > 1 and rows * _CONV_SEGMENT * pattern.density >= _CONV_TAPS else 0,
         order="overlap" if grouped else "natural",
     )
+
+
+def tailors(task: Task, target: Target) -> bool:
+    """Whether a convolution gets code for the size of its images, which cuts vectors of x out of cache lines.
+
+    Where many multiply-adds share a vector, its load bounds nothing.
+    """
+    window, rows = task.window, task.pattern.rows
+    if window is None or not 1 < window.masks <= target.masks:
+        return False
+    blocks = max(1, -(-rows // (target.registers - 1)))
+    return task.pattern.density * rows <= _TAILORED_USES * blocks
+
+
+def tailored(task: Task, target: Target, spare: int, general: Schedule) -> Schedule:
+    """The schedule of such code: the ``general`` code's, if someone chose that, as far as registers permit.
+
+    Otherwise segments are of so many channels that the rows of x that a tile reads, and those between them, which the
+    next tiles read, stay in L1.
+    """
+    window, rows = task.window, min(general.rows, most_rows(target, spare))
+    if window is None or general != _convolution(task, target, target.registers - general.rows):
+        return replace(general, rows=rows, packing="none")
+    taps, lanes = task.taps, target.lanes
+    height, width = taps.pitches, taps.offsets
+    span = (height - 1) * window.pitch + width - 1 + lanes
+    lines = min(-(-span // lanes), 3 * height)
+    channels = -(-task.extent // (height * width))
+    near = int(_CONV_NEAR * target.l1d) // (lines * target.tile_bytes), _CONV_SEGMENT // (height * width)
+    segments = -(-channels // max(1, min(near)))
+    segment = -(-channels // segments) * height * width
+    long = segments > 1 and rows * segment * task.pattern.density >= _TAILORED_TAPS
+    return replace(general, rows=rows, k_segment=segment if long else 0)
 
 
 def _blocks_per_pass(m: int, rows: int, code: float, near_x: bool, x_tile: int, target: Target) -> int:

@@ -53,6 +53,16 @@ class Taps:
         planes, pitches, offsets = self._spans
         return planes * pitches * offsets
 
+    @property
+    def pitches(self) -> int:
+        """Every ``pitch`` is below,"""
+        return self._spans[1]
+
+    @property
+    def offsets(self) -> int:
+        """and every ``offset``."""
+        return self._spans[2]
+
     def place(self, key: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
         """Plane, pitch and offset of keys."""
         _, pitches, offsets = self._spans
@@ -103,6 +113,8 @@ class Window:
         groups: output and input channels are cut into so many, and each only sees its own.
         masked: loads have a mask per column of the kernel, which cuts what lies beside the image; rows of a plane are
             then as long as those of the output, with nothing between them.
+        pitch: how long, where the code is made for that, whose planes begin ``shift`` floats into a cache line; 0 where
+            each call says it.
     """
 
     kernel: tuple[int, int]
@@ -110,6 +122,8 @@ class Window:
     dilation: tuple[int, int] = (1, 1)
     groups: int = 1
     masked: bool = False
+    pitch: int = 0
+    shift: int = 0
 
     @property
     def masks(self) -> int:

@@ -78,6 +78,7 @@ RECIPES = {
         "bcast_by_mask": "vbroadcastss reg=d mem mask=b+3 zero=1", "pick": "vpermt2ps reg=d vvvv=a rm=b",
         "lanes_from": "valignd reg=d vvvv=b rm=a imm",
         "rotate_by_mask": "valignd reg=d vvvv=a rm=a imm mask=b+3 zero=1",
+        "lanes_by_mask": "valignd reg=d vvvv=b rm=a imm mask=step+3 zero=1",
     },
     VEX256: _COMMON | _SCALAR | {
         "zero": "vxorps reg=d vvvv=d rm=d", "round": "vroundps reg=d rm=a imm=8", "shl": "vpslld_vex vvvv=d rm=a imm",
