@@ -120,6 +120,44 @@ def test_the_fastest_is_used_and_recorded(
     assert path.read_text().count("\n") == 2
 
 
+def test_cold_and_warm_samples_have_records_of_their_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    weight = dense_matrix(rng, 70, 90, 0.15)
+    options: dict[str, Any] = {"tuning": tmp_path / "t", "columns": 32}
+    fake(monkeypatch, 1)
+    warm = sparsert.compile_matmul(weight, tune="fast-warm", **options)
+    assert "; warm samples" in warm.explain()
+    assert sparsert.compile_matmul(weight, **options).schedule == warm.schedule  # better than nothing
+    fake(monkeypatch, 2)
+    cold = sparsert.compile_matmul(weight, tune="fast", **options)
+    assert "; cold samples" in cold.explain()
+    assert cold.schedule != warm.schedule
+    assert sparsert.compile_matmul(weight, **options).schedule == cold.schedule
+    assert sparsert.compile_matmul(weight, tune="fast-warm", **options).schedule == warm.schedule
+    assert sorted(r.remark.split(", ")[-1] for r in Database(tmp_path / "t").records()) == ["cold", "warm"]
+
+
+@pytest.mark.parametrize("cold", [False, True])
+def test_what_a_sample_is(cold: bool, rng: np.random.Generator) -> None:
+    """Cold: single calls, each behind a walk through twice the second-level cache, which is not timed."""
+    task = Task(as_sparse(dense_matrix(rng, 40, 50, 0.2)).pattern)
+    now, calls = [0.0], [0]
+    measure = trials.Trials(task, TARGETS["x86-avx512"], lambda _: pytest.fail("no code"), 64, cold, lambda: now[0])
+
+    def run() -> None:
+        calls[0] += 1
+        now[0] += 1e-3 * (1 + 10 * (calls[0] == 2))  # one hiccup
+
+    schedule = Schedule(rows=8)
+    measure._ready[schedule] = trials._Ready(run, 3)
+    assert measure(task, schedule) == pytest.approx(1e-3)
+    assert calls[0] == (3 if cold else 7)
+    walked = measure._elsewhere
+    assert walked.nbytes == (2 * TARGETS["x86-avx512"].l2 if cold else 0)
+    assert (walked == 3).all()
+
+
 def test_full_is_not_satisfied_with_fast(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, rng: np.random.Generator
 ) -> None:

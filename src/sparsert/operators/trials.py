@@ -22,6 +22,8 @@ from .native import NativeProduct
 
 SAMPLE_SECONDS = 4e-4  # of calls in a row, twice, of which the faster counts: an interrupt spoils one of them
 MOST_CALLS = 1000
+COLD_CALLS = 5  # of which the median counts: each of them has to find its code elsewhere first
+ELSEWHERE = 2  # times the second-level cache: what other layers touch between two calls of one
 MOST_BYTES = 512 << 20  # of x, of y and of a residual; where more columns are asked for, these tell as much
 
 
@@ -41,13 +43,19 @@ class _Ready:
 
 
 class Trials:
-    """``measure(task, schedule)`` for :func:`sparsert.schedule.tuner.tune`; ``built`` keeps what was compiled."""
+    """``measure(task, schedule)`` for :func:`sparsert.schedule.tuner.tune`; ``built`` keeps what was compiled.
+
+    Samples are ``cold``, of a layer as a network calls it: others have pushed its code and values out of the
+    second-level cache since its last turn, and x was written just before. Or they are warm, of calls in a row.
+    """
 
     def __init__(
-        self, task: Task, target: Target, build: Callable[[Schedule], Built], columns: int,
+        self, task: Task, target: Target, build: Callable[[Schedule], Built], columns: int, cold: bool = True,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:  # fmt: skip
-        self.build, self.clock = build, clock
+        self.build, self.clock, self.cold = build, clock, cold
+        self._elsewhere = aligned_empty(ELSEWHERE * target.l2 // 4 if cold else 0)
+        self._elsewhere[:] = 0
         columns = min(columns, MOST_BYTES // (4 * max(1, *task.pattern.shape)))
         whole = -(-columns // target.lanes) * target.lanes
         self.columns = whole if task.layout == "tile_major" else max(columns, target.lanes)
@@ -56,7 +64,7 @@ class Trials:
         self._ready: dict[Schedule, _Ready] = {}
 
     def __call__(self, task: Task, schedule: Schedule) -> float:
-        """Seconds of a call, warm; infinity where the code would exceed the budget."""
+        """Seconds of a call; infinity where the code would exceed the budget."""
         ready = self._ready.get(schedule)
         if ready is None:
             try:
@@ -66,6 +74,8 @@ class Trials:
                     raise
                 return math.inf
         run, calls = ready.run, ready.calls
+        if self.cold:
+            return float(np.median([self._cold(run) for _ in range(min(COLD_CALLS, max(3, calls)))]))
         for _ in range(max(1, calls // 3)):
             run()
         samples = []
@@ -75,6 +85,14 @@ class Trials:
                 run()
             samples.append(self.clock() - start)
         return max(min(samples), 1e-9) / calls
+
+    def _cold(self, run: Callable[[], None]) -> float:
+        """One call, behind others."""
+        np.add(self._elsewhere, 1, out=self._elsewhere)
+        self.x.flat[0] = self.x.max()
+        start = self.clock()
+        run()
+        return max(self.clock() - start, 1e-9)
 
     def _prepare(self, schedule: Schedule) -> _Ready:
         built = self.built[schedule] = self.build(schedule)
