@@ -266,7 +266,6 @@ def main() -> None:
     measure(found, loop, handover, args.rounds)
     gc.enable()
     rows = [report(line, args.threads) for line in found]
-    print(np.percentile([ns for line in found for ns in line.handover], range(0, 101, 5)).round(0))
     for row in rows:
         verdict = "-" if not row["judged"] else "met" if row["of_loop"]["median"] >= GOAL else "missed"
         parts = [f"{name} {v['median']:.3f} [{v['low']:.2f} {v['high']:.2f}]" for name, v in (
