@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 import weakref
 from abc import ABC, abstractmethod
@@ -193,6 +194,15 @@ class NativeProduct(Framed):
         loaded.packed[name] = tuple(packed)
         loaded.addresses[name] = tuple(address_of(array) for array in packed)
 
+    def copy(self) -> NativeProduct:
+        """The same code and values at other addresses."""
+        memory = self.executable.memory
+        again = Executable(ctypes.string_at(memory.address, memory.size))
+        made = NativeProduct(self.task, self.schedule, self.target, self.kernel, again)
+        packed = {0: tuple(_copied(array) for array in self.values[0].packed[0])}
+        made.values[0] = Loaded(packed, {0: tuple(address_of(array) for array in packed[0])})
+        return made
+
     def current(self) -> tuple[Array, Array | None]:
         """The values and biases that were loaded last."""
         return self.kernel.unpack(self.values[0].packed[0][0])
@@ -335,3 +345,10 @@ class NativeProduct(Framed):
             Arg.Y_PANEL: m if staged and not self.kernel.scatters else 0,
             Arg.PARTIAL: m if self.kernel.plan.segments > 1 else 0,
         }
+
+
+def _copied(array: Array) -> Array:
+    """The same, beginning a cache line as well."""
+    copy: Array = aligned_empty(array.size)
+    copy[:] = array
+    return copy

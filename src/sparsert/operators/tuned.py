@@ -17,7 +17,7 @@ from ..schedule.database import Database, Record
 from ..schedule.schedule import Schedule
 from ..schedule.task import Task
 from ..target import Target
-from .trials import Built, Trials
+from .trials import CHAIN_CACHES, Built, Trials
 
 DEFAULT_COLUMNS = 196
 """What is tuned for where nobody says: an image of 14x14, or as many tokens."""
@@ -101,7 +101,8 @@ def choose(task: Task, target: Target, wanted: Tuning, build: Callable[[Schedule
 def run(task: Task, target: Target, wanted: Tuning, build: Callable[[Schedule], Built]) -> Choice:
     """Tune, whatever is recorded, and record what is found."""
     effort, spare = tuner.EFFORTS[wanted.effort or "fast"], matmul.spare(task, target)
-    room = max(tuner.LEAST, _MEMORY // (_BYTES * max(1, task.pattern.nnz)))
+    each = _BYTES * max(1, task.pattern.nnz) + (2 * CHAIN_CACHES * target.l2 if wanted.cold else 0)
+    room = max(tuner.LEAST, _MEMORY // each)
     found = space.candidates(task, target, spare, wanted.columns, min(effort.candidates, room))
     if len(found) == 1:
         return Choice(found[0], "by the cost model: no other schedule would differ")
