@@ -164,7 +164,7 @@ def test_what_a_sample_is(cold: bool, monkeypatch: pytest.MonkeyPatch, rng: np.r
     assert len(products) == measure._ready[schedule].products == (trials.CHAIN if cold else 1)
     assert len({product.executable.address for product in products}) == len(products)
     assert len({product.values[0].addresses[0] for product in products}) == len(products)
-    for product in products:
+    for product in list(products):  # calls bind again
         measure.y[...] = np.nan
         product.run(measure.x, measure.y, None, 64)
         results.append(measure.y.copy())
