@@ -1,18 +1,28 @@
 #!/usr/bin/env python3
 """How operators scale over threads, beside a loop of multiply-adds that scales as well as the machine lets.
 
-    python bench/threads.py [--threads 2] [--json bench/results/threads.json]
+    python bench/threads.py [--threads 2] [--rounds 60] [--json bench/results/threads.json]
 
-Every round times, one after the other, the loop on one thread and on all (through the same pool) and a layer on one
-thread and on all. The two speed-ups of a round are compared: what clock, neighbours and hypervisor take in those
-milliseconds they take from both. Reported are medians over the rounds, with the 10th and 90th percentile.
+All layers are compiled first. A round then visits each of them in turn: the loop on one thread and on all (through the
+same pool), the layer on one thread and on all, the loop again, and two threads that hand a word back and forth. The
+speed-ups of a visit are compared: what clock, neighbours and hypervisor take in those milliseconds they take from both.
+Where one of the two loops did not scale, another process had a core, and the visit tells nothing about two threads: it
+is counted and left out. Since every layer is met in every round, what disturbs for some seconds falls on all of them
+alike. Reported are medians over the visits, with the 10th and 90th percentile.
+
+The word says where the threads are: cores that share a last-level cache hand it over in 50 to 100 ns. A hypervisor may
+move them apart at any time, which takes two to five times as long; a layer, whose threads share x and y, is slower then
+while the loop is not. Medians count both; those of visits with near and with far cores are given beside them.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +45,15 @@ LAYERS = (
     (1024, 1024, 196, 0.8), (4096, 1024, 512, 0.9), (3072, 768, 512, 0.9), (2048, 2048, 128, 0.9), (512, 512, 196, 0.9),
 )  # fmt: skip
 LAYOUTS = ("row_major", "linear")
+CONVOLUTION = (64, 64, 56, 0.9)  # 3x3: outputs, inputs, side of an image, sparsity; batch 1
 GOAL = 0.93  # of the loop's scaling
 LEAST_MFLOP = 20.0
 LOOP_SECONDS = 5e-4  # one run of the loop on one thread: about what a layer takes
+SAMPLE_SECONDS = 4e-3
+SCALES = 0.9  # times the threads: a loop that scales less has shared a core with another process
+NEAR = 70.0  # nanoseconds: a word that takes no longer is handed over within a cache
 _CHAINS, _TURNS = 12, 8  # accumulators that do not wait for each other; multiply-adds of each in the loop's body
+_EXCHANGES, _PATIENCE = 200, 1 << 14  # of a word, and turns to wait for it: the threads may have one core only
 
 
 def multiply_adds() -> Any:
@@ -84,35 +99,135 @@ class Loop:
         self.pool.dispatch(address_of(self.job))
 
 
-def operator(layout: str, weight: Any, columns: int, threads: int, rng: np.random.Generator) -> tuple[Any, Any, Any]:
-    compile_layer: Callable[..., Any] = sparsert.compile_linear if layout == "linear" else sparsert.compile_matmul
-    op = compile_layer(weight, threads=threads)
-    shape = (columns, weight.shape[1]) if layout == "linear" else (weight.shape[1], columns)
-    x = rng.standard_normal(shape).astype(np.float32)
-    return op, x, op.bind(x)
+def catch() -> Any:
+    """A program that, so many times, waits until a word is its own number and then makes it the other one."""
+    b = Builder()
+    again, wait, mine, out = b.label("again"), b.label("wait"), b.label("mine"), b.label()
+    b.emit("enter")
+    for register, slot in ((S.PX5, 0), (S.Y, 1), (S.PY, 2), (S.TMP, 3)):
+        b.emit("s_arg", d=register, disp=slot)
+    b.place(again)
+    b.emit("s_set", d=S.T, disp=_PATIENCE)
+    b.place(wait)
+    b.emit("s_load", d=S.K, ptr=S.PX5, disp=0)
+    b.emit("jump_equal", a=S.K, b=S.Y, disp=mine)
+    b.emit("loop", a=S.T, disp=wait)
+    b.emit("jump", disp=out)
+    b.place(mine)
+    b.emit("s_store", a=S.PY, ptr=S.PX5, disp=0)
+    b.emit("loop", a=S.TMP, disp=again)
+    b.place(out)
+    b.emit("leave")
+    return b.finish()
 
 
-def measure(layer: tuple[int, int, int, float], layout: str, loop: Loop, threads: int, rounds: int) -> dict[str, Any]:
-    rows, inner, columns, sparsity = layer
+class Handover:
+    """How long a word takes from one thread to another."""
+
+    def __init__(self, loop: Loop) -> None:
+        self.pool = loop.pool
+        self.code = Executable(assemble(catch(), host.resolve("native").isa).code)
+        self.word, self.blocks = aligned_empty(32, np.int64, 128), [aligned_empty(16, np.int64, 128) for _ in range(2)]
+        for number, block in enumerate(self.blocks):
+            block[:4] = address_of(self.word), number, 1 - number, _EXCHANGES
+        self.job = job(self.pool.address, [(self.code.address, address_of(block)) for block in self.blocks])
+
+    def nanoseconds(self) -> float:
+        """One way."""
+        times = []
+        for _ in range(5):
+            self.word[0] = 0
+            start = time.perf_counter()
+            self.pool.dispatch(address_of(self.job))
+            times.append(time.perf_counter() - start)
+        return 1e9 * float(np.median(times)) / (2 * _EXCHANGES)
+
+
+@dataclass
+class Line:
+    """A layer on one thread and on all, and what was measured of it, in seconds by name."""
+
+    layer: str
+    layout: str
+    sparsity: float
+    mflop: float
+    calls: dict[str, Callable[[], object]]
+    explain: Callable[[], str]
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    handover: list[float] = field(default_factory=list)
+
+
+def lines(layouts: list[str], threads: int) -> Iterator[Line]:
     rng = np.random.default_rng(0)
-    mask = rng.random((rows, inner)) >= sparsity
-    weight = np.where(mask, rng.standard_normal((rows, inner)), 0).astype(np.float32)
-    one, x, alone = operator(layout, weight, columns, 1, rng)
-    op, _, _ = operator(layout, weight, columns, threads, rng)
-    together = op.bind(x)
-    if not np.array_equal(alone(), together()):
-        raise ValueRangeError("the number of threads changes results", where=f"{layer}")
-    calls = {"loop 1": loop.alone, "loop n": loop.shared, "layer 1": alone, "layer n": together}
-    samples = interleave(calls, rounds, 4e-3)
-    loop_scaling = samples.seconds["loop 1"] / samples.seconds["loop n"]
-    scaling = samples.seconds["layer 1"] / samples.seconds["layer n"]
-    mflop = 2e-6 * one.stats.nnz * columns
+
+    def sparse(shape: tuple[int, ...], sparsity: float) -> Any:
+        return np.where(rng.random(shape) >= sparsity, rng.standard_normal(shape), 0).astype(np.float32)
+
+    def line(name: str, layout: str, sparsity: float, columns: int, x: Any, compiled: Callable[[int], Any]) -> Line:
+        one, op = compiled(1), compiled(threads)
+        alone, together = one.bind(x), op.bind(x)
+        if not np.array_equal(alone(), together()):
+            raise ValueRangeError("the number of threads changes results", where=name)
+        mflop = 2e-6 * one.stats.nnz * columns
+        return Line(name, layout, sparsity, mflop, {"layer 1": alone, "layer n": together}, op.explain)
+
+    for layout in layouts:
+        compile_layer: Callable[..., Any] = sparsert.compile_linear if layout == "linear" else sparsert.compile_matmul
+        for rows, inner, columns, sparsity in LAYERS:
+            weight = sparse((rows, inner), sparsity)
+            x = rng.standard_normal((columns, inner) if layout == "linear" else (inner, columns)).astype(np.float32)
+            name = f"{rows}x{inner}x{columns}"
+            yield line(name, layout, sparsity, columns, x, lambda n, w=weight, c=compile_layer: c(w, threads=n))
+    outputs, inputs, side, sparsity = CONVOLUTION
+    weight = sparse((outputs, inputs, 3, 3), sparsity)
+    x = rng.standard_normal((1, inputs, side, side)).astype(np.float32)
+    yield line(f"3x3 {outputs}@{side}", "images", sparsity, side * side, x,
+               lambda n: sparsert.compile_conv2d(weight, padding=1, threads=n))  # fmt: skip
+
+
+def measure(found: list[Line], loop: Loop, handover: Handover, rounds: int) -> None:
+    """All lines in every round; what comes first, one thread or all, changes from round to round."""
+    loops = {"loop 1": loop.alone, "loop n": loop.shared}
+    for number in range(rounds):
+        for line in found:
+            line.handover.append(handover.nanoseconds())
+            for kind, calls in (("", loops), ("", line.calls), (" again", loops)):
+                for name in sorted(calls, reverse=number % 2 > 0):
+                    line.seconds.setdefault(name + kind, []).append(sample(calls[name]))
+
+
+def sample(call: Callable[[], object]) -> float:
+    """Seconds of a call, of at least three in a row, after one or more that warm the caches up."""
+    start = time.perf_counter()
+    call()
+    once = time.perf_counter() - start
+    count = max(3, int(SAMPLE_SECONDS / max(once, 1e-7)))
+    for _ in range(count // 3):
+        call()
+    start = time.perf_counter()
+    for _ in range(count):
+        call()
+    return (time.perf_counter() - start) / count
+
+
+def report(line: Line, threads: int) -> dict[str, Any]:
+    """What a line's visits amount to."""
+    seconds = {name: np.array(values) for name, values in line.seconds.items()}
+    before, after = (seconds["loop 1" + kind] / seconds["loop n" + kind] for kind in ("", " again"))
+    fair = np.minimum(before, after) >= SCALES * threads
+    if not fair.any():
+        raise ValueRangeError(f"no visit of {line.layer} had {threads} cores to itself", where="--threads")
+    scaling, loop_scaling = (seconds["layer 1"] / seconds["layer n"])[fair], np.sqrt(before * after)[fair]
+    of_loop, near = scaling / loop_scaling, np.array(line.handover)[fair] <= NEAR
+    micro = {name: round(1e6 * float(np.median(seconds[name][fair])), 1) for name in ("loop 1", "loop n", *line.calls)}
     return {
-        "layer": f"{rows}x{inner}x{columns}", "sparsity": sparsity, "layout": layout, "mflop": round(mflop, 1),
-        "microseconds": {name: round(1e6 * samples.time(name).median, 1) for name in calls},
-        "gflops": round(1e-3 * mflop / samples.time("layer n").median, 1),
-        "scaling": rounded(scaling), "loop_scaling": rounded(loop_scaling), "of_loop": rounded(scaling / loop_scaling),
-        "split": op.explain().splitlines()[-2].removeprefix("threads").strip(), "judged": mflop >= LEAST_MFLOP,
+        "layer": line.layer, "sparsity": line.sparsity, "layout": line.layout, "mflop": round(line.mflop, 1),
+        "microseconds": micro, "gflops": round(1e3 * line.mflop / micro["layer n"], 1),
+        "scaling": rounded(scaling), "loop_scaling": rounded(loop_scaling), "of_loop": rounded(of_loop),
+        "visits": int(fair.sum()), "left_out": int((~fair).sum()), "near": int(near.sum()),
+        "of_loop_near": rounded(of_loop[near]) if near.any() else None,
+        "of_loop_far": rounded(of_loop[~near]) if not near.all() else None,
+        "split": line.explain().splitlines()[-2].removeprefix("threads").strip(), "judged": line.mflop >= LEAST_MFLOP,
     }  # fmt: skip
 
 
@@ -140,27 +255,35 @@ def break_even(loop: Loop, threads: int, rounds: int) -> list[dict[str, float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--layouts", nargs="+", default=LAYOUTS, choices=LAYOUTS)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     loop = Loop(args.threads)
-    rows = [measure(layer, layout, loop, args.threads, args.rounds) for layout in args.layouts for layer in LAYERS]
+    handover, found = Handover(loop), list(lines(args.layouts, args.threads))
+    gc.collect()
+    gc.disable()
+    measure(found, loop, handover, args.rounds)
+    gc.enable()
+    rows = [report(line, args.threads) for line in found]
     for row in rows:
-        s, f, r = row["scaling"], row["loop_scaling"], row["of_loop"]
-        verdict = "-" if not row["judged"] else "met" if r["median"] >= GOAL else "missed"
+        verdict = "-" if not row["judged"] else "met" if row["of_loop"]["median"] >= GOAL else "missed"
         parts = [f"{name} {v['median']:.3f} [{v['low']:.2f} {v['high']:.2f}]" for name, v in (
-            ("x", s), ("loop x", f), ("of it", r))]  # fmt: skip
+            ("x", row["scaling"]), ("loop x", row["loop_scaling"]), ("of it", row["of_loop"])) ]  # fmt: skip
+        counts = {"near": row["near"], "far": row["visits"] - row["near"]}
+        parts += [f"{name} {row[f'of_loop_{name}']['median']:.3f} ({n})" for name, n in counts.items() if n]
         took = " to ".join(f"{row['microseconds'][name]:.1f}" for name in ("layer 1", "layer n"))
         print(f"{row['layer']:>13} {row['layout']:<9} {row['mflop']:6.1f} MFLOP {took:>17} us  {'  '.join(parts)} "
-              f"{verdict}; {row['split']}")  # fmt: skip
-    steps = break_even(loop, args.threads, args.rounds)
+              f"{row['left_out']} left out; {verdict}; {row['split']}")  # fmt: skip
+    steps = break_even(loop, args.threads, 25)
     print("sharing a loop of so many us:", ", ".join(f"{s['microseconds']}: x{s['median']:.2f}" for s in steps))
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
+        word = rounded(np.array([ns for line in found for ns in line.handover]))
         head = environment.describe(args.threads, host.resolve("native").name, "python bench/threads.py")
-        report = {**head, "goal": GOAL, "rounds": args.rounds, "rows": rows, "break_even": steps}
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+        whole = {**head, "goal": GOAL, "rounds": args.rounds, "handover_ns": word, "rows": rows,
+                 "break_even": steps}  # fmt: skip
+        args.json.write_text(json.dumps(whole, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -2,11 +2,14 @@
 """How much faster a tuned schedule is than the cost model's, and what tuning takes.
 
     python bench/tuning.py --problems mobilenet_v1 --seconds 90     measure what is missing, for at most 90 s
+    python bench/tuning.py --chains --seconds 60                    nine layers of one shape called in turn
     python bench/tuning.py --summary                                the tables of what has been measured
 
-Every problem is tuned in both layouts, "full" to know the best and "fast" as users would; then the three operators are
-timed in turns on the same arrays (docs/benchmarks.md) and compared by the median of quotients of one round. Results are
-kept in bench/results/tuning.json; a run goes on where the last one stopped. Real weights: SPARSERT_TEST_DATA.
+Every problem is tuned in both layouts, "full" to know the best and "fast" as users would, by warm samples; then the
+three operators are timed in turns on the same arrays (docs/benchmarks.md) and compared by the median of quotients of
+one round. For chains the first layer is tuned, by cold samples and by warm ones, and all nine get its schedule: that is
+what a network meets. Results are kept in bench/results/tuning.json; a run goes on where the last one stopped. Real
+weights: SPARSERT_TEST_DATA.
 """
 
 from __future__ import annotations
@@ -16,6 +19,8 @@ import json
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +39,8 @@ SETS = ("mobilenet_v1", "resnet50_1x1", "transformer", "dlmc", "uniform_conv", "
 SPARSITIES = (0.80, 0.90, 0.95)
 LAYOUTS = ("row_major", "tile_major")
 DENSITIES = ((0.0, 0.07, "about 95 %"), (0.07, 0.15, "about 90 %"), (0.15, 1.0, "80 % and less"))
+CHAINS = ((512, 512, 196), (768, 768, 128), (1024, 1024, 49), (1024, 1024, 196))
+CHAIN_LENGTH, CHAIN_ROUNDS = 9, 11
 GOAL = "goal: geometric mean <= 1.15 (stretch 1.08), 90th percentile <= 1.4"
 
 
@@ -60,7 +67,7 @@ def run(problem: Problem, layout: str, rounds: int) -> dict[str, Any]:
     schedules: dict[str, Schedule | None] = {"untuned": None}
     for effort in ("full", "fast"):
         start = time.perf_counter()
-        result = tune_layer(problem.weight, layout=layout, tune=effort, tuning="off", columns=n)
+        result = tune_layer(problem.weight, layout=layout, tune=f"{effort}-warm", tuning="off", columns=n)
         seconds = time.perf_counter() - start
         schedules[effort] = result.best.schedule if result else None
         runs[effort] = {
@@ -97,6 +104,66 @@ def run(problem: Problem, layout: str, rounds: int) -> dict[str, Any]:
         },
         "schedules": {name: text for name, (text, _) in results.items()}, "tuning": runs,
     }  # fmt: skip
+
+
+def chain(shape: tuple[int, int, int], sparsity: float, layout: str) -> dict[str, Any]:
+    """Time chains of layers with the cost model's schedule, and with what cold and warm samples find."""
+    m, k, n = shape
+    tiles, lanes = -(-n // host.resolve("native").lanes), host.resolve("native").lanes
+    layers = [problems.uniform(m, k, sparsity, seed, (k * (1 - sparsity)) ** -0.5) for seed in range(CHAIN_LENGTH)]
+    schedules: dict[str, Schedule | None] = {"untuned": None}
+    seconds = {}
+    for name, effort in (("cold", "fast"), ("warm", "fast-warm")):
+        start = time.perf_counter()
+        result = tune_layer(layers[0], layout=layout, tune=effort, tuning="off", columns=n)
+        seconds[name] = round(time.perf_counter() - start, 3)
+        schedules[name] = result.best.schedule if result else None
+    shape_of = (tiles, m, lanes) if layout == "tile_major" else (m, n)
+    arrays = [aligned_empty(m * tiles * lanes)[: int(np.prod(shape_of))].reshape(shape_of) for _ in range(3)]
+    arrays[0][...] = np.random.default_rng(0).standard_normal(shape_of)
+    made: dict[str, list[Any]] = {}
+    results, words = {}, {}
+    for name, schedule in schedules.items():
+        ops = [sparsert.compile_matmul(w, layout=layout, schedule=schedule, threads=1) for w in layers]
+        words[name] = str(ops[0].schedule)
+        same = next((other for other in made if words[other] == words[name]), None)
+        places = [0, *(1 + i % 2 for i in range(CHAIN_LENGTH))]
+        made[name] = made[same] if same else [
+            op.bind(arrays[a], arrays[b]) for op, (a, b) in zip(ops, pairwise(places), strict=True)]  # fmt: skip
+        results[name] = [bound().copy() for bound in made[name]][-1]
+    calls = {name: partial(_in_turn, bound) for name, bound in made.items()}
+    samples = measure.interleave(calls, CHAIN_ROUNDS, 4e-3)
+    return {
+        "shape": list(shape), "sparsity": sparsity, "layout": layout, "nnz": layers[0].pattern.nnz,
+        "bit_identical": all(np.array_equal(results["untuned"], r) for r in results.values()),
+        "us_per_layer": {name: round(1e6 * samples.time(name).median / CHAIN_LENGTH, 2) for name in calls},
+        "untuned_over": {name: [round(v, 4) for v in samples.speedup(name, "untuned")]
+                         if made[name] is not made["untuned"] else [1.0, 1.0, 1.0] for name in ("cold", "warm")},
+        "schedules": words, "tuning_seconds": seconds,
+    }  # fmt: skip
+
+
+def _in_turn(bound: list[Any]) -> None:
+    for call in bound:
+        call()
+
+
+def chain_summary(rows: list[dict[str, Any]]) -> str:
+    """The table of chains: above 1, what is tuned is faster."""
+    lines = ["| chain of nine | untuned, us a layer | untuned over tuned by cold samples | by warm ones |",
+             "|---|---|---|---|"]  # fmt: skip
+    for r in rows:
+        name = f"{'x'.join(map(str, r['shape']))}, {100 * r['sparsity']:.0f} %, {r['layout']}"
+        shown = " | ".join(f"{m:.3f} ({low:.2f} to {high:.2f})" for m, low, high in r["untuned_over"].values())
+        lines.append(f"| {name} | {r['us_per_layer']['untuned']:.1f} | {shown} |")
+    for name in ("cold", "warm"):
+        ratios = [r["untuned_over"][name][0] for r in rows]
+        if ratios:
+            longest = max(r["tuning_seconds"][name] * min(1, 5e4 / r["nnz"]) for r in rows)
+            lines.append(f"\n{name}: geometric mean {measure.geometric_mean(ratios):.3f}, least {min(ratios):.3f}, "
+                         f"most {max(ratios):.3f}; {longest:.2f} s a layer or 50,000 nonzeros at most")  # fmt: skip
+    differ = [r["shape"] for r in rows if not r["bit_identical"]]
+    return "\n".join([*lines, f"\nchains that are not bit-identical: {differ or 'none'}"])
 
 
 def spread(values: list[float]) -> str:
@@ -146,13 +213,21 @@ def main() -> None:
     parser.add_argument("--problems", default=",".join(SETS))
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no case after so long")
     parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--chains", action="store_true", help="measure chains instead of single layers")
     parser.add_argument("--summary", action="store_true", help="measure nothing")
     parser.add_argument("--json", type=Path, default=RESULTS)
     args = parser.parse_args()
     started = time.monotonic()
     report: dict[str, Any] = json.loads(args.json.read_text()) if args.json.exists() else {"rows": {}}
     left = 0
-    if not args.summary:
+    chains = report.setdefault("chains", {})
+    if args.chains and not args.summary:
+        for shape, sparsity, layout in product(CHAINS, SPARSITIES, LAYOUTS):
+            name = f"{shape} {sparsity} {layout}"
+            if name not in chains and time.monotonic() - started <= args.seconds:
+                chains[name] = chain(shape, sparsity, layout)
+            left += name not in chains
+    elif not args.summary:
         report["head"] = environment.describe(1, host.resolve("native").name, "python bench/tuning.py")
         for problem, layout in cases(args.problems):
             name = case_name(problem, layout)
@@ -162,9 +237,13 @@ def main() -> None:
                 left += 1
                 continue
             report["rows"][name] = run(problem, layout, args.rounds)
+    if not args.summary:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(report, separators=(",", ":")).replace('},"', '},\n"') + "\n")
-    print(summary(list(report["rows"].values())))
+    if not args.chains:
+        print(summary(list(report["rows"].values())), end="\n\n")
+    if chains:
+        print(chain_summary(list(chains.values())))
     if left:
         print(f"\n{left} cases are left for another run")
 

@@ -79,8 +79,9 @@ def compile_matmul(
             where W has zeros they are factors too, and 0 * inf is NaN) or None: dense where nothing is zero and W is
             large enough for it. ``explain()`` says what was chosen, and where "dense" would be faster.
         tune: None leaves the schedule to the cost model; "fast" and "full" measure some (8, or up to 96) schedules and
-            take the fastest, unless it is recorded already. "fast" takes up to 0.5 s per 50,000 nonzeros. Results are
-            the same bits whatever the schedule.
+            take the fastest, unless it is recorded already. "fast" takes up to 0.5 s per 50,000 nonzeros. Samples are
+            of a layer as a network calls it, behind others; "fast-warm" and "full-warm" measure calls in a row, for a
+            product that is called over and over. Results are the same bits whatever the schedule.
         tuning: the file of records, or "off". By default what the variable SPARSERT_TUNING says, or a file in the
             user's cache folder, if ``tune`` is given; without ``tune`` records are used where ``tuning`` names them.
         columns: N to tune for, and to look up; 196 by default. Any N can be computed.

@@ -40,7 +40,7 @@ def shared_pool(target: Target) -> workers.Pool:
     """The threads of this process, whose programs are generated when they are first asked for."""
 
     def code() -> PoolCode:
-        return PoolCode(*(assemble(make(), target.isa).code for make in (worker.worker, worker.dispatch, worker.claim)))
+        return PoolCode(*(assemble(make(), target.isa).code for make in worker.PROGRAMS))
 
     return workers.shared(code)
 

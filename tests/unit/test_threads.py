@@ -16,7 +16,7 @@ from oracle import COMPILED, complaint, dense_matrix, expected, same_bits
 from sparsert import Clip, Schedule
 from sparsert.crew import row_ranges
 from sparsert.operators.native import NativeProduct
-from sparsert.operators.team import Team, tile_cuts
+from sparsert.operators.team import Team, pieces, tile_cuts
 from sparsert.runtime import workers
 from sparsert.schedule import cost
 from sparsert.schedule.task import Task
@@ -29,12 +29,13 @@ Array = np.ndarray
 
 
 def cut_by(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Share out every call, however little it has to do, by columns or by rows."""
+    """Share out every call, however little it has to do, by columns or by rows, in as many pieces as can be."""
 
     def split(task: Any, schedule: Any, target: Any, threads: int, tiles: int, by_rows: bool = True) -> cost.Split:
         return cost.Split(kind if kind == "columns" or by_rows else "columns", threads)
 
     monkeypatch.setattr(cost, "split", split)
+    monkeypatch.setattr(cost, "LEAST_PIECE", 1)
 
 
 def compiler_of(layout: str) -> Callable[..., Any]:
@@ -236,6 +237,27 @@ def test_cuts_of_tiles() -> None:
                     if parts <= tiles // 3:
                         assert sizes.size == parts
                         assert sizes.max() - sizes.min() <= 1
+
+
+def test_the_last_group_of_a_range_is_cut() -> None:
+    assert pieces(0, 16, 8, 3, range(1, 32)) == [0, 8, 13, 16]
+    assert pieces(16, 32, 16, 3, range(1, 32)) == [16, 27, 32]
+    assert pieces(0, 13, 7, 3, range(2, 12)) == [0, 7, 10, 13]
+    assert pieces(0, 13, 7, 4, range(2, 12)) == [0, 13]
+    assert pieces(0, 4, 4, 2, range(1, 8)) == [0, 2, 4]
+    assert pieces(0, 4, 4, 3, range(1, 8)) == [0, 4]
+    assert pieces(0, 1, 1, 2, range(1, 1)) == [0, 1]
+    for low in range(5):
+        for tiles in range(1, 40):
+            for group in (1, 3, 8, 50):
+                for least in (2, 5):
+                    cuts = np.array(pieces(low, low + tiles, group, least, range(2, low + tiles - 1)))
+                    sizes = np.diff(cuts)
+                    assert (cuts[0], cuts[-1]) == (low, low + tiles)
+                    assert all(2 <= cut < low + tiles - 1 for cut in cuts[1:-1])
+                    assert (sizes > 0).all()
+                    assert sizes.size <= 3
+                    assert sizes.size == 1 or (sizes[-2:] <= group).any()
 
 
 def test_ranges_of_rows_are_even(rng: np.random.Generator) -> None:

@@ -12,12 +12,13 @@ import pytest
 
 import sparsert
 from oracle import COMPILED, complaint, dense_matrix, expected, same_bits
-from sparsert import Schedule
+from sparsert import Schedule, compiler
 from sparsert.cli import main as cli
 from sparsert.compiler import tune_layer
 from sparsert.errors import CodeBudgetError, TuningWarning, UnsupportedError, ValueRangeError
 from sparsert.kernels import matmul
 from sparsert.operators import trials, tuned
+from sparsert.operators.native import NativeProduct
 from sparsert.runtime import host
 from sparsert.schedule import database, space, tuner
 from sparsert.schedule.database import Database
@@ -118,6 +119,73 @@ def test_the_fastest_is_used_and_recorded(
     assert plain.schedule == measured[0]
     assert len(measured) == before
     assert path.read_text().count("\n") == 2
+
+
+def test_cold_and_warm_samples_have_records_of_their_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    weight = dense_matrix(rng, 70, 90, 0.15)
+    options: dict[str, Any] = {"tuning": tmp_path / "t", "columns": 32}
+    fake(monkeypatch, 1)
+    warm = sparsert.compile_matmul(weight, tune="fast-warm", **options)
+    assert "; warm samples" in warm.explain()
+    assert sparsert.compile_matmul(weight, **options).schedule == warm.schedule  # better than nothing
+    fake(monkeypatch, 2)
+    cold = sparsert.compile_matmul(weight, tune="fast", **options)
+    assert "; cold samples" in cold.explain()
+    assert cold.schedule != warm.schedule
+    assert sparsert.compile_matmul(weight, **options).schedule == cold.schedule
+    assert sparsert.compile_matmul(weight, tune="fast-warm", **options).schedule == warm.schedule
+    assert sorted(r.remark.split(", ")[-1] for r in Database(tmp_path / "t").records()) == ["cold", "warm"]
+
+
+@pytest.mark.parametrize("cold", [False, True])
+def test_what_a_sample_is(cold: bool, monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator) -> None:
+    """Cold: copies of the code are called in turn, each at an address of its own and with the same results."""
+    weight, target = dense_matrix(rng, 40, 50, 0.2), host.resolve("native")
+    if target.isa == "reference":
+        pytest.skip("nothing is compiled here")
+    matrix = as_sparse(weight)
+    task, _ = compiler.make_task(matrix, None, None, None, "f32", "row_major")
+    budget = compiler.MAX_CODE_BYTES
+    measure = trials.Trials(
+        task, target, lambda s: compiler._build(task, s, target, budget, matrix.values, None), 64, cold
+    )
+    products, results = [], []
+    bind = NativeProduct.bind
+
+    def spy(self: NativeProduct, *arrays: Any) -> Any:
+        products.append(self)
+        return bind(self, *arrays)
+
+    monkeypatch.setattr(NativeProduct, "bind", spy)
+    schedule = Schedule(rows=8)
+    assert 0 < measure(task, schedule) < 1
+    assert len(products) == measure._ready[schedule].products == (trials.CHAIN if cold else 1)
+    assert len({product.executable.address for product in products}) == len(products)
+    assert len({product.values[0].addresses[0] for product in products}) == len(products)
+    for product in list(products):  # calls bind again
+        measure.y[...] = np.nan
+        product.run(measure.x, measure.y, None, 64)
+        results.append(measure.y.copy())
+    assert all(same_bits(results[0], other) for other in results)
+    assert not complaint(results[0], expected(matrix, measure.x, None, None, None, None))
+
+
+def test_long_code_needs_few_copies(rng: np.random.Generator) -> None:
+    target = host.resolve("native")
+    if target.isa == "reference":
+        pytest.skip("nothing is compiled here")
+    matrix = as_sparse(dense_matrix(rng, 40, 50, 0.2))
+    task, _ = compiler.make_task(matrix, None, None, None, "f32", "row_major")
+    budget = compiler.MAX_CODE_BYTES
+    build = lambda s: compiler._build(task, s, target, budget, matrix.values, None)  # noqa: E731
+    size = build(Schedule(rows=8)).code_bytes
+    for room, copies in ((1, 1), (size, 1), (3 * size, 3), (100 * size, trials.CHAIN)):
+        measure = trials.Trials(task, target, build, 64)
+        measure.room = room
+        measure(task, Schedule(rows=8))
+        assert copies - 1 <= measure._ready[Schedule(rows=8)].products <= copies
 
 
 def test_full_is_not_satisfied_with_fast(

@@ -401,6 +401,7 @@ def test_keys_are_the_same_in_every_process() -> None:
     """A file of records is worth nothing once this changes."""
     pattern = as_sparse(np.eye(3, dtype=np.float32)).pattern
     assert key(Task(pattern, activation="relu"), 4) == "4fa060e7e3f996df10630f92ba2e9f9b"
+    assert key(Task(pattern, activation="relu"), 4, cold=True) == "a0308f95523e2213e417ff0e7a452f4c"
 
 
 def test_columns_share_a_record_by_powers_of_two() -> None:

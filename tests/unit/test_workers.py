@@ -23,7 +23,7 @@ import sparsert
 from oracle import COMPILED
 from sparsert.codegen.assemble import assemble
 from sparsert.codegen.interpreter import region, run
-from sparsert.codegen.parking import LINE, Control, Job, Mailbox, PoolCode, State
+from sparsert.codegen.parking import LINE, Control, Job, Mailbox, PoolCode, Queue, State
 from sparsert.codegen.vector import PRESERVED, Builder, Program, S, check
 from sparsert.errors import InternalError
 from sparsert.kernels import worker
@@ -31,7 +31,7 @@ from sparsert.runtime import workers
 from sparsert.runtime.cpu import address_of
 from sparsert.runtime.host import unavailable
 from sparsert.runtime.memory import ExecutableMemory
-from sparsert.runtime.workers import Pool, job
+from sparsert.runtime.workers import Pool, job, queue
 from sparsert.target import TARGETS
 
 native = pytest.mark.isa("x86-avx2")
@@ -40,7 +40,7 @@ EXECUTED = [*COMPILED, pytest.param("aarch64-neon", marks=pytest.mark.skipif(boo
     emulator.MISSING and "aarch64-neon" not in ISAS_HERE), reason=str(emulator.MISSING)))]  # fmt: skip
 Called = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 WORDS = [0, 1, -1, 5, 2**31, 2**63 - 1, -(2**63)]
-PROGRAMS = (worker.worker, worker.dispatch, worker.claim)
+PROGRAMS = worker.PROGRAMS
 COUNT = bytes.fromhex("f30f1efa 48ff07 c3")  # endbr64; inc qword [rdi]; ret
 
 
@@ -253,6 +253,25 @@ def test_a_claim_says_whether_it_was_the_first() -> None:
         assert control[Control.BUSY] == 1
 
 
+@pytest.mark.parametrize("stolen", [0, 1, 3, 5])
+def test_a_thread_drains_what_others_leave(stolen: int) -> None:
+    """Another thread takes the first entries, and more while ours works; the last to leave puts all of them back."""
+    words, by = queue([(WORK, i) for i in range(5)], 2), []
+    words[Queue.NEXT] = 16 * (stolen > 0)
+
+    def work(argument: int, *_: Any) -> None:
+        by.append(argument)
+        if argument == 1 and stolen > 1:
+            words[Queue.NEXT] += 16 * (stolen - 1)
+
+    run(worker.drain(), 4, np.zeros(1, np.int64), {"queue": region(JOB, words)}, functions={WORK: work}, here=JOB)
+    assert by == {0: [0, 1, 2, 3, 4], 1: [1, 2, 3, 4], 3: [1, 4], 5: [1]}[stolen]
+    assert words[Queue.LEFT] == 1
+    assert words[Queue.NEXT] > words[Queue.END] - 16  # nothing is left for the other one, which comes last:
+    run(worker.drain(), 4, np.zeros(1, np.int64), {"queue": region(JOB, words)}, functions={}, here=JOB)
+    assert words[Queue.NEXT] == words[Queue.LEFT] == 0
+
+
 # ---- threads ---------------------------------------------------------------------------------------------------------
 
 
@@ -300,6 +319,27 @@ def test_every_part_runs_once_a_dispatch(pool: Pool) -> None:
     assert all(one.counts == [600] * parts for parts, one in jobs.items())
     assert pool.stop()
     assert threads_of_process() == before
+
+
+@native
+@pytest.mark.parametrize("pool", [1, 2000], indirect=True)
+def test_every_entry_of_a_queue_is_taken_once_a_dispatch(pool: Pool) -> None:
+    assert pool.ensure(3)
+    code, shared = ExecutableMemory(COUNT), []
+    for threads, entries in ((2, 3), (2, 11), (4, 5), (4, 24)):
+        cells = np.zeros((entries, 32), np.int64)
+        words = queue([(code.address, address_of(cells[i])) for i in range(entries)], threads)
+        shared.append((cells, words, job(pool.address, [(pool.drain, address_of(words))] * threads)))
+    for turn in range(600):
+        for _, _, one in shared:
+            pool.dispatch(address_of(one))
+        if turn % 100 == 0:
+            time.sleep(0.003)
+    assert pool.stop()
+    for _, _, one in shared:
+        pool.dispatch(address_of(one))  # on the caller alone
+    assert all((cells[:, 0] == 601).all() for cells, _, _ in shared)
+    assert all(words[Queue.NEXT] == words[Queue.LEFT] == 0 for _, words, _ in shared)
 
 
 @native

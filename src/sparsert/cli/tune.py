@@ -27,6 +27,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     option("--layer", metavar="NAME", help="which layer; default: all of them")
     option("--columns", type=int, metavar="N", help="columns to tune for; default: as the file says, or 196")
     option("--full", action="store_true", help="try up to 96 schedules instead of 8")
+    option("--warm", action="store_true", help="measure calls in a row, not a layer as a network calls it")
     option("--target", choices=TARGETS, default="native", help="default: the best that this machine executes")
     option("--layout", choices=LAYOUTS, default="row_major", help="of the activations (default row_major)")
     option(
@@ -47,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.top < 1:
         raise ValueRangeError("--top is at least 1", where="tune")
-    effort = "full" if args.full else "fast"
+    effort = ("full" if args.full else "fast") + (tuned.WARM if args.warm else "")
     wanted = tuned.request(effort, args.records, args.columns)
     layers, out = load_layers(args.file), console()
     for layer in layers if args.layer is None else [pick(layers, args.layer, args.file)]:

@@ -48,6 +48,17 @@ class Job(Slots):
     ARGUMENT = auto()
 
 
+class Queue(Slots):
+    """Words of a queue: entries that threads take one after the other, each the code and the argument of a call."""
+
+    NEXT = 0  # bytes of entries that are taken
+    LEFT = auto()  # threads that found nothing more
+    END = LINE // 8  # bytes of all entries
+    LAST = auto()  # threads that share it, less one: whoever sees so many others leave puts the entries back
+    CODE = auto()  # of the first entry, then its argument; the other entries behind it
+    ARGUMENT = auto()
+
+
 PART_BYTES = 16
 
 
@@ -61,8 +72,10 @@ class State(IntEnum):
 
 
 class PoolCode(NamedTuple):
-    """Machine code of a pool: a worker's life, handing out a job and awaiting it, and taking the pool for good."""
+    """Machine code of a pool: a worker's life, handing out a job and awaiting it, taking the pool for good, and what a
+    thread does with a queue."""
 
     worker: bytes
     dispatch: bytes
     claim: bytes
+    drain: bytes

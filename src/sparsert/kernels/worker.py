@@ -6,12 +6,13 @@ exchanges that for something else has to wake it. Whichever comes second sees th
 is paid for that nobody waits for.
 
 A part that no worker has begun when the caller is through with its own is the caller's: a thread that sleeps, or that
-the system lets wait, holds nobody up.
+the system lets wait, holds nobody up. For the same reason there may be more entries of work than threads: then every
+part drains one queue, and a thread whose core is slower than another takes less from it.
 """
 
 from __future__ import annotations
 
-from ..codegen.parking import LINE, PART_BYTES, Control, Job, Mailbox, State
+from ..codegen.parking import LINE, PART_BYTES, Control, Job, Mailbox, Queue, State
 from ..codegen.vector import Builder, Program, S, check
 
 _POOL, _OWN = S.PX7, S.PX5  # the control block; a worker's mailbox, or a caller's job
@@ -117,6 +118,37 @@ def claim() -> Program:
     return _finished(b)
 
 
+def drain() -> Program:
+    """Called with a queue, by each of the threads that share it: take entries and run them until there are none."""
+    b = Builder()
+    again, work, out = b.label("the next entry"), b.label("work"), b.label()
+    b.emit("enter")
+    b.emit("s_mov", d=_OWN, a=S.ARGS)
+    b.place(again)
+    b.emit("s_set", d=_SEEN, disp=PART_BYTES)
+    b.emit("s_fetch_add", d=_SEEN, ptr=_OWN, disp=Queue.NEXT.byte)
+    b.emit("s_load", d=_OTHER, ptr=_OWN, disp=Queue.END.byte)
+    b.emit("jump_less", a=_SEEN, b=_OTHER, disp=work)
+    b.emit("s_set", d=_SEEN, disp=1)
+    b.emit("s_fetch_add", d=_SEEN, ptr=_OWN, disp=Queue.LEFT.byte)
+    b.emit("s_load", d=_OTHER, ptr=_OWN, disp=Queue.LAST.byte)
+    b.emit("jump_differs", a=_SEEN, b=_OTHER, disp=out)
+    b.emit("s_set", d=_SEEN, disp=0)
+    b.emit("s_store", a=_SEEN, ptr=_OWN, disp=Queue.NEXT.byte)
+    b.emit("s_store", a=_SEEN, ptr=_OWN, disp=Queue.LEFT.byte)
+    b.emit("jump", disp=out)
+    b.place(work)
+    b.emit("s_mov", d=_PART, a=_OWN)
+    b.emit("s_add", d=_PART, a=_SEEN)
+    b.emit("s_load", d=S.ARGS, ptr=_PART, disp=Queue.ARGUMENT.byte)
+    b.emit("s_load", d=_OTHER, ptr=_PART, disp=Queue.CODE.byte)
+    b.emit("invoke", a=_OTHER)
+    b.emit("jump", disp=again)
+    b.place(out)
+    b.emit("leave")
+    return _finished(b)
+
+
 def _take(b: Builder) -> None:
     b.emit("s_set", d=_SEEN, disp=1)
     b.emit("s_exchange", d=_SEEN, ptr=_POOL, disp=Control.BUSY.byte)
@@ -193,3 +225,7 @@ def _finished(b: Builder) -> Program:
     program = b.finish()
     check(program)
     return program
+
+
+PROGRAMS = (worker, dispatch, claim, drain)
+"""In the order of :class:`~sparsert.codegen.parking.PoolCode`."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import chain, pairwise, zip_longest
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -22,12 +23,13 @@ from ..schedule import cost
 from ..schedule.schedule import Schedule
 from ..schedule.task import Task
 from ..target import Target
-from .team import Call, Solo, Team, tile_cuts
+from .team import Call, Part, Solo, Team, pieces, tile_cuts
 
 Array = NDArray[np.float32]
 _Kind = TypeVar("_Kind", bound=Frame)
 MOST_SHAPES = 32  # shapes and pitches whose frames are kept,
 _KEPT_BYTES = 32 << 20  # and scratch
+_LEAST_TILES = 3  # so many tiles take as long as fetching the code that they pass over
 _ALIGN_TILES = 12  # so many tiles a row must have for aligning to pay, which costs one more
 
 
@@ -192,6 +194,15 @@ class NativeProduct(Framed):
         loaded.packed[name] = tuple(packed)
         loaded.addresses[name] = tuple(address_of(array) for array in packed)
 
+    def copy(self) -> NativeProduct:
+        """The same code and values at other addresses."""
+        memory = self.executable.memory
+        again = Executable(ctypes.string_at(memory.address, memory.size))
+        made = NativeProduct(self.task, self.schedule, self.target, self.kernel, again)
+        packed = {0: tuple(_copied(array) for array in self.values[0].packed[0])}
+        made.values[0] = Loaded(packed, {0: tuple(address_of(array) for array in packed[0])})
+        return made
+
     def current(self) -> tuple[Array, Array | None]:
         """The values and biases that were loaded last."""
         return self.kernel.unpack(self.values[0].packed[0][0])
@@ -230,28 +241,34 @@ class NativeProduct(Framed):
         start = -offset if self.task.layout == "row_major" and shared and long and offset % 4 == 0 else 0
         tiles = -(-(4 * columns - start) // width)
         split = self._split(tiles)
-        parts: list[tuple[Frame, int, tuple[int, int, int]]] = []
+        head, tail = start < 0, 4 * columns - start < tiles * width
+
+        def parts(product: NativeProduct, low: int, high: int, first: int = 0, weights: int = 0) -> list[Part]:
+            """The tiles from ``low`` to ``high`` of the rows that ``product`` computes, from row ``first`` on."""
+            group = cost.tiles_per_group(product.task, product.schedule, self.target, high - low)
+            least = max(_LEAST_TILES, -(-cost.LEAST_PIECE // max(1, product.task.pattern.nnz)))
+            found = []
+            for begin, end in pairwise(pieces(low, high, group, least, range(1 + head, tiles - tail))):
+                left = (start + begin * width) // 4 if begin else 0
+                right = (start + end * width) // 4 if end < tiles else columns
+                frame = product._frame(Frame, right - left, pitches, 0 if begin else start)
+                dx, dy, dr = (left * step // lanes for step in self._tile_steps(pitches))
+                below, r_below = (first * step for step in self._row_steps(pitches))
+                found.append(Part(frame, product.executable.address, (dx, dy + below, dr + r_below), weights))
+            return found
+
+        by_thread: list[list[Part]] = []
         if split.by == "rows":
-            for first, product in self._row_parts(split.parts):
-                dy, dr = self._row_steps(pitches)
-                parts.append(
-                    (
-                        product._frame(Frame, columns, pitches, start),
-                        product.executable.address,
-                        (0, first * dy, first * dr),
-                    )
-                )
+            rows = self._row_parts(split.parts)
+            by_thread = [parts(product, 0, tiles, first, number) for number, (first, product) in enumerate(rows)]
         elif split.by == "columns":
-            cuts = tile_cuts(tiles, split.parts, start < 0, 4 * columns - start < tiles * width)
-            borders = [0, *((start + int(cut) * width) // 4 for cut in cuts[1:-1]), columns]
-            for low, high in pairwise(borders):
-                frame = self._frame(Frame, high - low, pitches, 0 if low else start)
-                dx, dy, dr = (low * step // lanes for step in self._tile_steps(pitches))
-                parts.append((frame, self.executable.address, (dx, dy, dr)))
+            cuts = tile_cuts(tiles, split.parts, head, tail)
+            by_thread = [parts(self, int(low), int(high)) for low, high in pairwise(cuts)]
         if len(self._splits) < MOST_SHAPES:
-            self._splits[columns] = cost.Split(split.by, max(1, len(parts)))
-        if self.crew is not None and len(parts) > 1:
-            return Team(self.crew.pool(), parts, split.parts if split.by == "rows" else 0)
+            self._splits[columns] = cost.Split(split.by, max(1, len(by_thread)))
+        if self.crew is not None and len(by_thread) > 1:
+            turns = [part for part in chain(*zip_longest(*by_thread)) if part is not None]  # of every thread the first
+            return Team(self.crew.pool(), turns, split.parts if split.by == "rows" else 0, len(by_thread))
         solo = self._frame(Solo, columns, pitches, start)
         solo.call = self.executable.call
         return solo
@@ -328,3 +345,10 @@ class NativeProduct(Framed):
             Arg.Y_PANEL: m if staged and not self.kernel.scatters else 0,
             Arg.PARTIAL: m if self.kernel.plan.segments > 1 else 0,
         }
+
+
+def _copied(array: Array) -> Array:
+    """The same, beginning a cache line as well."""
+    copy: Array = aligned_empty(array.size)
+    copy[:] = array
+    return copy

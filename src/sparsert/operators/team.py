@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..runtime.cpu import Frame, address_of
-from ..runtime.workers import Pool, job
+from ..runtime.workers import Pool, job, queue
 
 Addresses = Mapping[int, tuple[int, ...]]
 """Of packed values: of the whole product under 0, of its parts under their number."""
@@ -42,21 +42,35 @@ class Solo(Frame):
         self.point(xa, ya, ra, weights[0][0])
 
 
+class Part(NamedTuple):
+    """A piece of a call: ``shifts`` is how far its x, y and residual lie behind the caller's, ``weights`` the number of
+    its values among those that the team's name stands for."""
+
+    frame: Frame
+    code: int
+    shifts: tuple[int, int, int]
+    weights: int = 0
+
+
 class Team:
-    """On the caller and threads of the pool, each with an argument block and scratch of its own.
+    """On the caller and threads of the pool. Every part has an argument block and scratch of its own.
 
     Args:
-        parts: of each its frame, the address of its code, and how far its x, y and residual lie behind the caller's.
+        parts: as many as threads, or more: then they are taken one after the other by whoever is free.
         name: under which the parts' weights are found; 0 where all take those of the whole product.
     """
 
-    __slots__ = ("_job", "_name", "_parts", "_pool", "_workers", "address", "nbytes")
+    __slots__ = ("_job", "_name", "_parts", "_pool", "_queue", "_workers", "address", "nbytes")
 
-    def __init__(self, pool: Pool, parts: Sequence[tuple[Frame, int, tuple[int, int, int]]], name: int) -> None:
-        self._pool, self._name, self._workers = pool, name, len(parts) - 1
-        self._parts = [(frame.point, shift) for frame, _, shift in parts]
-        self._job = job(pool.address, [(code, frame.address) for frame, code, _ in parts])
-        self.address, self.nbytes = address_of(self._job), sum(frame.nbytes for frame, _, _ in parts)
+    def __init__(self, pool: Pool, parts: Sequence[Part], name: int, threads: int) -> None:
+        self._pool, self._name, self._workers = pool, name, threads - 1
+        self._parts = [(part.frame.point, part.shifts, part.weights) for part in parts]
+        entries = [(part.code, part.frame.address) for part in parts]
+        self._queue = queue(entries, threads)
+        if len(entries) > threads:
+            entries = [(pool.drain, address_of(self._queue))] * threads
+        self._job = job(pool.address, entries)
+        self.address, self.nbytes = address_of(self._job), sum(part.frame.nbytes for part in parts)
 
     def call(self, address: int) -> None:
         if self._pool.workers < self._workers:  # the child of a fork has none yet
@@ -65,10 +79,21 @@ class Team:
 
     def aim(self, xa: int, ya: int, ra: int, weights: Addresses) -> None:
         own = weights[self._name]
-        if not self._name:
-            own *= len(self._parts)
-        for (point, (dx, dy, dr)), w in zip(self._parts, own, strict=True):
-            point(xa + dx, ya + dy, ra + dr, w)
+        for point, (dx, dy, dr), number in self._parts:
+            point(xa + dx, ya + dy, ra + dr, own[number])
+
+
+def pieces(low: int, high: int, group: int, least: int, allowed: range) -> list[int]:
+    """Offsets that cut a thread's range of tiles: all groups but the last, two thirds of that one, and the rest.
+
+    The last piece is what another thread may take over. Every piece but the first is a further pass over the code,
+    which is fetched anew: pieces have ``least`` tiles or more, and groups stay whole but for the last. Cuts lie in
+    ``allowed``.
+    """
+    last = low + (high - low - 1) // group * group
+    rest = max(least, (high - last) // 3)
+    cuts = [last, high - rest] if high - last >= 2 * least else []
+    return [*dict.fromkeys([low, *(cut for cut in cuts if cut in allowed), high])]
 
 
 def tile_cuts(tiles: int, parts: int, head: bool, tail: bool) -> NDArray[np.int64]:

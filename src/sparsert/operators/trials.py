@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +23,8 @@ from .native import NativeProduct
 
 SAMPLE_SECONDS = 4e-4  # of calls in a row, twice, of which the faster counts: an interrupt spoils one of them
 MOST_CALLS = 1000
+CHAIN = 9  # layers of a network that are called in turn, at most,
+CHAIN_CACHES = 8  # until their code and values are so many times the second-level cache
 MOST_BYTES = 512 << 20  # of x, of y and of a residual; where more columns are asked for, these tell as much
 
 
@@ -38,16 +41,23 @@ class Built(NamedTuple):
 class _Ready:
     run: Callable[[], None]
     calls: int
+    products: int = 1  # that a call runs
 
 
 class Trials:
-    """``measure(task, schedule)`` for :func:`sparsert.schedule.tuner.tune`; ``built`` keeps what was compiled."""
+    """``measure(task, schedule)`` for :func:`sparsert.schedule.tuner.tune`; ``built`` keeps what was compiled.
+
+    Samples are ``cold``, of a layer as a network calls it: copies of its code and values at other addresses are called
+    in turn, so that each has been pushed out of the near caches since its last turn. (Walking through memory between
+    two calls instead predicts chains no better than warm samples do.) Or they are warm, of calls in a row.
+    """
 
     def __init__(
-        self, task: Task, target: Target, build: Callable[[Schedule], Built], columns: int,
+        self, task: Task, target: Target, build: Callable[[Schedule], Built], columns: int, cold: bool = True,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:  # fmt: skip
-        self.build, self.clock = build, clock
+        self.build, self.clock, self.cold = build, clock, cold
+        self.room = CHAIN_CACHES * target.l2
         columns = min(columns, MOST_BYTES // (4 * max(1, *task.pattern.shape)))
         whole = -(-columns // target.lanes) * target.lanes
         self.columns = whole if task.layout == "tile_major" else max(columns, target.lanes)
@@ -56,7 +66,7 @@ class Trials:
         self._ready: dict[Schedule, _Ready] = {}
 
     def __call__(self, task: Task, schedule: Schedule) -> float:
-        """Seconds of a call, warm; infinity where the code would exceed the budget."""
+        """Seconds of a call; infinity where the code would exceed the budget."""
         ready = self._ready.get(schedule)
         if ready is None:
             try:
@@ -66,25 +76,35 @@ class Trials:
                     raise
                 return math.inf
         run, calls = ready.run, ready.calls
-        for _ in range(max(1, calls // 3)):
+        for _ in range(calls // 3 if self.cold else max(1, calls // 3)):  # a turn of many copies is a long sample
             run()
         samples = []
-        for _ in range(2):
+        for _ in range(1 if self.cold and calls == 1 else 2):
             start = self.clock()
             for _ in range(calls):
                 run()
             samples.append(self.clock() - start)
-        return max(min(samples), 1e-9) / calls
+        return max(min(samples), 1e-9) / (calls * ready.products)
 
     def _prepare(self, schedule: Schedule) -> _Ready:
         built = self.built[schedule] = self.build(schedule)
-        binding = built.product.bind(self.x, self.y, self.r, self.columns)
-        run = binding.fixed(*(0 if array is None else address_of(array) for array in (self.x, self.y, self.r)))
+        products = [built.product]
+        if self.cold:
+            size = max(1, built.code_bytes + 4 * built.kernel.plan.slots)
+            products += [built.product.copy() for _ in range(min(CHAIN, max(1, -(-self.room // size))) - 1)]
+        addresses = [0 if array is None else address_of(array) for array in (self.x, self.y, self.r)]
+        turns = [p.bind(self.x, self.y, self.r, self.columns).fixed(*addresses) for p in products]
+        run = turns[0] if len(turns) == 1 else partial(_in_turn, turns)
         run()  # the first call allocates and faults in what the second finds
         start = self.clock()
         run()
         once = max(self.clock() - start, 1e-7)
-        return _Ready(run, min(MOST_CALLS, math.ceil(SAMPLE_SECONDS / once)))
+        return _Ready(run, min(MOST_CALLS, math.ceil(SAMPLE_SECONDS / once)), len(turns))
+
+
+def _in_turn(calls: list[Callable[[], None]]) -> None:
+    for call in calls:
+        call()
 
 
 def _arrays(task: Task, target: Target, columns: int) -> tuple[Array, Array, Array | None]:

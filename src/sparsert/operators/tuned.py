@@ -17,7 +17,7 @@ from ..schedule.database import Database, Record
 from ..schedule.schedule import Schedule
 from ..schedule.task import Task
 from ..target import Target
-from .trials import Built, Trials
+from .trials import CHAIN_CACHES, Built, Trials
 
 DEFAULT_COLUMNS = 196
 """What is tuned for where nobody says: an image of 14x14, or as many tokens."""
@@ -38,6 +38,12 @@ class Tuning(NamedTuple):
     effort: str | None
     columns: int
     database: Database | None
+    cold: bool = True
+
+
+WARM = "-warm"
+"""Behind an effort: samples of calls in a row, instead of samples as a network calls a layer."""
+ASKED = (*tuner.EFFORTS, *(effort + WARM for effort in tuner.EFFORTS))
 
 
 def request(tune: Any, tuning: Any, columns: Any) -> Tuning | None:
@@ -46,10 +52,8 @@ def request(tune: Any, tuning: Any, columns: Any) -> Tuning | None:
     Raises:
         UnsupportedError: an unknown effort, or a path that is none. ValueRangeError: ``columns`` is not positive.
     """
-    if tune is not None and (not isinstance(tune, str) or tune not in tuner.EFFORTS):
-        raise UnsupportedError(
-            f"tune={tune!r}", where="tune", hint=f"Use None, {' or '.join(map(repr, tuner.EFFORTS))}."
-        )
+    if tune is not None and (not isinstance(tune, str) or tune not in ASKED):
+        raise UnsupportedError(f"tune={tune!r}", where="tune", hint=f"Use None, {', '.join(map(repr, ASKED))}.")
     if columns is not None and (
         not isinstance(columns, (int, np.integer)) or isinstance(columns, bool) or not 1 <= columns <= _MOST_COLUMNS
     ):
@@ -66,7 +70,9 @@ def request(tune: Any, tuning: Any, columns: Any) -> Tuning | None:
         path = database.default_path()
     else:
         path = None if str(tuning) == database.OFF else Path(tuning).expanduser()
-    return Tuning(tune, DEFAULT_COLUMNS if columns is None else int(columns), None if path is None else Database(path))
+    wide = DEFAULT_COLUMNS if columns is None else int(columns)
+    cold = tune is None or not tune.endswith(WARM)
+    return Tuning(tune and tune.removesuffix(WARM), wide, None if path is None else Database(path), cold)
 
 
 _MOST_COLUMNS = 1 << 31
@@ -81,6 +87,8 @@ def choose(task: Task, target: Target, wanted: Tuning, build: Callable[[Schedule
     if wanted.database is not None:
         efforts = ("full",) if wanted.effort == "full" else tuple(tuner.EFFORTS)
         record = wanted.database.find(*_identity(task, target, wanted), efforts)
+        if record is None and wanted.effort is None:
+            record = wanted.database.find(*_identity(task, target, wanted._replace(cold=False)), efforts)
         schedule = None if record is None else _legal(record, task, target, spare)
         if record is not None and schedule is not None:
             return Choice(schedule, f"recorded in {wanted.database.path} on {record.date[:10]}: {_words(record)}")
@@ -93,11 +101,12 @@ def choose(task: Task, target: Target, wanted: Tuning, build: Callable[[Schedule
 def run(task: Task, target: Target, wanted: Tuning, build: Callable[[Schedule], Built]) -> Choice:
     """Tune, whatever is recorded, and record what is found."""
     effort, spare = tuner.EFFORTS[wanted.effort or "fast"], matmul.spare(task, target)
-    room = max(tuner.LEAST, _MEMORY // (_BYTES * max(1, task.pattern.nnz)))
+    each = _BYTES * max(1, task.pattern.nnz) + (2 * CHAIN_CACHES * target.l2 if wanted.cold else 0)
+    room = max(tuner.LEAST, _MEMORY // each)
     found = space.candidates(task, target, spare, wanted.columns, min(effort.candidates, room))
     if len(found) == 1:
         return Choice(found[0], "by the cost model: no other schedule would differ")
-    measure = Trials(task, target, build, wanted.columns)
+    measure = Trials(task, target, build, wanted.columns, wanted.cold)
     result = tuner.tune(task, found, measure, effort.budget(task.pattern.nnz), rounds=effort.rounds)
     record = _record(task, target, wanted, result)
     if wanted.database is not None:
@@ -120,14 +129,15 @@ def _legal(record: Record, task: Task, target: Target, spare: int) -> Schedule |
 
 def _identity(task: Task, target: Target, wanted: Tuning) -> tuple[str, str, str]:
     """What a record is found by: the task with its number of columns, target, CPU."""
-    key = database.key(task, database.columns_class(wanted.columns, target))
+    key = database.key(task, database.columns_class(wanted.columns, target), wanted.cold)
     return key, target.name, database.machine(host.cpu_identity())
 
 
 def _record(task: Task, target: Target, wanted: Tuning, result: tuner.Tuning) -> Record:
     m, k = task.pattern.shape
     extras = [word for word in (task.activation, "bias" if task.bias else None, task.residual) if word]
-    remark = ", ".join([f"{m}x{k}", f"{task.pattern.nnz} nonzeros", task.layout, f"{wanted.columns} columns", *extras])
+    remark = ", ".join([f"{m}x{k}", f"{task.pattern.nnz} nonzeros", task.layout, f"{wanted.columns} columns", *extras,
+                        "cold" if wanted.cold else "warm"])  # fmt: skip
     second = result.runner_up
     return Record(
         *_identity(task, target, wanted), wanted.effort or "fast", result.best.seconds, result.first.seconds,
@@ -145,4 +155,6 @@ def _words(record: Record) -> str:
         words = f"{record.effort} tuning measured {1e6 * record.seconds:.1f} us, {gain}"
     if record.runner_up:
         words += f"; next best, {1e6 * record.runner_up_seconds:.1f} us: {record.runner_up}"
+    if (how := record.remark.rpartition(", ")[2]) in ("cold", "warm"):
+        words += f"; {how} samples"
     return words

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..codegen.parking import LINE, PART_BYTES, Control, Job, Mailbox, PoolCode, State
+from ..codegen.parking import LINE, PART_BYTES, Control, Job, Mailbox, PoolCode, Queue, State
 from .memory import ExecutableMemory, aligned_empty
 
 MAX_WORKERS = 255
@@ -47,14 +47,16 @@ class Pool:
         workers: threads that there are; a job of that many parts and the caller's own runs on all of them.
         trouble: why there are not more threads than ``workers``, if that is so.
         dispatch: runs the job at an address; on the caller alone where the threads are taken, or too few.
+        drain: address of the code that takes entries from a queue until there are none.
     """
 
     def __init__(self, code: PoolCode, spin: int = SPIN) -> None:
-        self._worker, self._dispatch, self._claim = (ExecutableMemory(part) for part in code)
+        self._worker, self._dispatch, self._claim, self._drain = (ExecutableMemory(part) for part in code)
         self._control: Words = aligned_empty(int(Control.MAILBOXES) + MAX_WORKERS * LINE // 8, np.int64, LINE)
         self.address = int(self._control.__array_interface__["data"][0])
         self.spin = spin
         self.dispatch: Callable[[int], None] = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self._dispatch.address)
+        self.drain = self._drain.address
         self._reset()
 
     def _reset(self) -> None:
@@ -145,6 +147,15 @@ def job(control: int, parts: Sequence[tuple[int, int]]) -> Words:
     words: Words = aligned_empty(2 + PART_BYTES // 8 * len(parts), np.int64)
     words[Job.CONTROL], words[Job.PARTS] = control, len(parts)
     words[Job.CODE :] = [word for part in parts for word in part]
+    return words
+
+
+def queue(entries: Sequence[tuple[int, int]], threads: int) -> Words:
+    """A queue of ``entries``, like the parts of a job, for exactly so many threads, each of which drains it."""
+    words: Words = aligned_empty(int(Queue.CODE) + PART_BYTES // 8 * len(entries), np.int64, LINE)
+    words[:] = 0
+    words[Queue.END], words[Queue.LAST] = PART_BYTES * len(entries), threads - 1
+    words[Queue.CODE :] = [word for entry in entries for word in entry]
     return words
 
 

@@ -29,6 +29,7 @@ _PREFETCH_CODE = 4  # times L1: code that comes from further away than L2 sooner
 _MOST_GROUPED = 4096  # rows: grouping takes about 15 us a row
 
 LEAST_SHARE = 80_000  # vector multiply-adds of one thread, some 20 us: below, sharing out does not pay
+LEAST_PIECE = 400_000  # and of what a thread may take over from a slower one, some 100 us
 _FETCHED = 1.7  # vector multiply-adds in the time in which the code and value of one arrive from the second-level cache
 _MOVED = 2.0  # and in the time of packing or transposing a vector of x
 _WORTH = 0.97  # what ranges of rows must promise, of the time of ranges of columns, to be compiled

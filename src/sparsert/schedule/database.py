@@ -96,12 +96,15 @@ def columns_class(columns: int, target: Target) -> int:
     return 1 << (tiles - 1).bit_length()
 
 
-def key(task: Task, tiles: int) -> str:
-    """The name of ``task`` for ``tiles`` tiles of columns: its pattern's digest and whatever is not as by default."""
+def key(task: Task, tiles: int, cold: bool = False) -> str:
+    """The name of ``task`` for ``tiles`` tiles of columns: its pattern's digest and whatever is not as by default.
+
+    What was measured ``cold`` and what was measured warm have different names.
+    """
     facts = [f"{f.name}={getattr(task, f.name)!r}" for f in fields(task)
              if f.name != "pattern" and getattr(task, f.name) != f.default]  # fmt: skip
     return hashlib.blake2b(
-        "\n".join([task.pattern.digest, f"tiles={tiles}", *facts]).encode(), digest_size=16
+        "\n".join([task.pattern.digest, f"tiles={tiles}", *facts, *["cold"] * cold]).encode(), digest_size=16
     ).hexdigest()
 
 
