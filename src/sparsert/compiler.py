@@ -20,7 +20,7 @@ from .operators import tuned
 from .operators.arrays import Array, as_input
 from .operators.compact import CompactProduct, SmallProducts, looped_code_bytes
 from .operators.dense import DenseProduct
-from .operators.matmul import Compiled, CompiledLinear, CompiledMatmul, Product, Stats
+from .operators.matmul import Compiled, CompiledLinear, CompiledMatmul, Product, Stats, stored
 from .operators.native import Crew, NativeProduct
 from .operators.product import CompiledProduct, ProductSpec
 from .operators.reference import ReferenceProduct
@@ -36,6 +36,7 @@ from .sparsity.pattern import Pattern, SparseMatrix, as_sparse, require_finite
 from .target import Target
 
 PRECISIONS = ("f32",)
+STORAGES = ("bf16",)
 MAX_CODE_BYTES = 1 << 30  # branches reach 2 GiB
 _LEAST_BYTES = 5  # per nonzero: what refuses a hopeless budget before any work is done
 
@@ -46,7 +47,7 @@ def compile_matmul(
     weight: Any, bias: Any = None, activation: Any = None, *, residual: str | None = None, precision: str = "f32",
     target: str = "native", threads: int | None = None, layout: str = "row_major", schedule: Schedule | None = None,
     max_code_bytes: int | None = None, form: str | None = None, tune: str | None = None,
-    tuning: str | os.PathLike[str] | None = None, columns: int | None = None,
+    tuning: str | os.PathLike[str] | None = None, columns: int | None = None, storage: str | None = None,
 ) -> CompiledMatmul:  # fmt: skip
     """Compile ``y = act(W @ x + b)`` for a sparse W.
 
@@ -78,6 +79,9 @@ def compile_matmul(
         tuning: the file of records, or "off". By default what the variable SPARSERT_TUNING says, or a file in the
             user's cache folder, if ``tune`` is given; without ``tune`` records are used where ``tuning`` names them.
         columns: N to tune for, and to look up; 196 by default. Any N can be computed.
+        storage: None, or "bf16": weights, not the bias, are rounded to bfloat16 (to nearest, ties to even), those of a
+            refit too, and products with few columns store them in two bytes. Results are those of the rounded weights,
+            the same for any N. Without it weights that are all exact in bfloat16 are stored so there, unasked.
 
     Raises:
         ShapeError, DTypeError, FormatError, ValueRangeError, UnsupportedError: what is wrong with an argument.
@@ -89,7 +93,7 @@ def compile_matmul(
         raise UnsupportedError(f"unknown layout {layout!r}", where="layout", hint=f"Known: {', '.join(LAYOUTS[:2])}.")
     return _compile(
         CompiledMatmul, weight, bias, activation, residual, precision, target, threads, layout, schedule,
-        max_code_bytes, form, tune, tuning, columns,
+        max_code_bytes, form, tune, tuning, columns, storage,
     )  # fmt: skip
 
 
@@ -97,7 +101,7 @@ def compile_linear(
     weight: Any, bias: Any = None, activation: Any = None, *, residual: str | None = None, precision: str = "f32",
     target: str = "native", threads: int | None = None, schedule: Schedule | None = None,
     max_code_bytes: int | None = None, form: str | None = None, tune: str | None = None,
-    tuning: str | os.PathLike[str] | None = None, columns: int | None = None,
+    tuning: str | os.PathLike[str] | None = None, columns: int | None = None, storage: str | None = None,
 ) -> CompiledLinear:  # fmt: skip
     """Compile ``y = act(x @ W.T + b)`` for a sparse W (M, K): x (..., K) to y (..., M), as ``torch.nn.Linear``.
 
@@ -105,7 +109,7 @@ def compile_linear(
     """
     return _compile(
         CompiledLinear, weight, bias, activation, residual, precision, target, threads, "transposed", schedule,
-        max_code_bytes, form, tune, tuning, columns,
+        max_code_bytes, form, tune, tuning, columns, storage,
     )  # fmt: skip
 
 
@@ -182,20 +186,30 @@ def tune_layer(
 def _compile(
     kind: type[_Kind], weight: Any, bias: Any, activation: Any, residual: str | None, precision: str, target: str,
     threads: int | None, layout: str, schedule: Schedule | None, max_code_bytes: int | None, form: str | None,
-    tune: str | None, tuning: str | os.PathLike[str] | None, columns: int | None,
+    tune: str | None, tuning: str | os.PathLike[str] | None, columns: int | None, storage: str | None,
 ) -> _Kind:  # fmt: skip
+    """As :func:`compile_matmul`: the operator, which takes and keeps weights rounded as ``storage`` says."""
+    if not (storage is None or (isinstance(storage, str) and storage in STORAGES)):
+        raise UnsupportedError(f"unknown storage {storage!r}", where="storage", hint=f"None, or {STORAGES[0]!r}.")
     started = time.perf_counter()
     matrix = as_sparse(weight)
+    if storage is not None:
+        matrix = replace(matrix, values=stored(matrix.values, storage))
+        require_finite(matrix.values, "weight")
     task, b = make_task(matrix, bias, activation, residual, precision, layout)
     wanted = tuned.request(tune, tuning, columns)
     if schedule is not None and tune is not None:
         raise UnsupportedError("a given schedule leaves nothing to tune", where="tune", hint="Give one of the two.")
     request = make_request(target, threads, schedule, max_code_bytes, wanted)
+
+    def made(compiled: Compiled) -> _Kind:
+        return kind(replace(compiled, storage=storage), b)
+
     dense_reason = _dense(form, task, request.target, schedule)
     if dense_reason and request.target.isa != "reference":
         as_dense = replace(task, layout="transposed" if kind is CompiledLinear else task.layout)
         try:
-            return kind(_build_dense(as_dense, matrix.values, b, request, dense_reason, started), b)
+            return made(_build_dense(as_dense, matrix.values, b, request, dense_reason, started))
         except CodeBudgetError:
             if form is not None:
                 raise
@@ -204,10 +218,10 @@ def _compile(
     except CodeBudgetError:
         if schedule is not None or form is not None or not request.target.loops:
             raise
-        return kind(_build_looped(task, matrix.values, b, request, started), b)
+        return made(_build_looped(task, matrix.values, b, request, started))
     if isinstance(compiled.product, NativeProduct):
         compiled = replace(compiled, small=SmallProducts(task, request.target, compiled.product.current))
-    return kind(compiled, b)
+    return made(compiled)
 
 
 class Request(NamedTuple):

@@ -244,9 +244,7 @@ def _indices(b: Builder, form: Looped, row: int) -> None:
         b.emit("s_shr", d=last, disp=16)
 
 
-def _more_folds(
-    b: Builder, form: Looped, target: Target, steps: Callable[[Builder, Looped, Target], None]
-) -> None:
+def _more_folds(b: Builder, form: Looped, target: Target, steps: Callable[[Builder, Looped, Target], None]) -> None:
     """The other folds of a bundle, each summed by itself and added."""
     rows, again = accumulators(target, form), b.label("next fold")
     every = np.arange(rows)

@@ -106,7 +106,7 @@ class CompactProduct(Framed):
         starts = np.where(s.begins, np.float32(-0.0), np.float32(0))
         if bias is not None:
             starts[: s.order.size] = bias[s.order]
-        bf16 = self.target.indexed and exact(values)
+        bf16 = stored_as_bf16(self.target, values)
         size, place = self._places(bf16)
         packed = aligned_empty(positions + (-(-size // 2) if bf16 else size))
         packed[positions:] = 0
@@ -165,7 +165,8 @@ class CompactProduct(Framed):
             sums = s.lanes * width if s.folds > 1 else 0
         lists = [np.arange(k) * row[0], s.order * row[1], s.order * row[2] if self.task.residual else s.order[:0]]
         sizes = [-(-n // 16) * 16 for n in (panel, y_panel, sums, *(2 * part.size for part in lists))]
-        stripped, name, forms = _stripped(self.task), self.target.name, [self.form_of(columns, b) for b in (False, True)]
+        stripped, name = _stripped(self.task), self.target.name
+        forms = [self.form_of(columns, bf16) for bf16 in (False, True)]
         frame = CompactFrame(sum(sizes), lambda bf16: _executable(stripped, name, forms[bf16]))
         frame.scratch[:] = 0
         starts = np.concatenate([[0], np.cumsum(sizes)])
@@ -212,6 +213,11 @@ class SmallProducts:
                     self._made[kind] = made
         return made
 
+    @property
+    def bf16(self) -> bool:
+        """Whether values are stored in 16 bits."""
+        return stored_as_bf16(self.target, self._current()[0])
+
     def reload(self, load: Callable[[], None]) -> None:
         """``load`` new values into the operator's own product, then into these."""
         with self._lock:
@@ -234,6 +240,11 @@ def _after_fork() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
+
+
+def stored_as_bf16(target: Target, values: Array) -> bool:
+    """Whether these products keep ``values`` in 16 bits: where no bit is lost."""
+    return target.indexed and exact(values)
 
 
 def _fold(pattern: Pattern) -> int:

@@ -109,8 +109,8 @@ _WINDOWED = {S.X: 64, S.W: 4}
 _MODIFIES = np.array(
     [
         op.name
-        in ("s_add", "s_sub", "s_addi", "s_add_arg", "s_max_arg", "s_min_arg", "s_at8", "s_at16", "s_at32", "s_skip",
-            "s_skip2", "s_shr")
+        in ("s_add", "s_sub", "s_addi", "s_add_arg", "s_max_arg", "s_min_arg", "s_at8", "s_at16", "s_at32", "s_skip")
+        or op.name in ("s_skip2", "s_shr")
         for op in OPS
     ]
 )
