@@ -24,13 +24,7 @@ LEGAL = {"L": (LEGACY,), "V": (VEX128, VEX256), "E": EVEX}
 RSP = 4
 NOT_IN_128_BITS = ("vinsertf32x4", "vextractf32x4", "vpermpd_imm", "vshuff64x2", "vbroadcastf32x4")
 BRANCHES = tuple(name for name, row in ROWS.items() if row.operands == "b")
-REGISTERS_ONLY = (
-    "vpslld_vex",
-    "vpmovd2m",
-    "kmovw",
-    "movzx16_r",
-    "vexpandps_r",
-)  # sources the architecture does not read from memory
+REGISTERS_ONLY = ("vpslld_vex", "vpmovd2m", "kmovw", "movzx16_r", "vexpandps_r")  # sources not read from memory
 LEGACY_SIZES = {"me": "dword", "mw": "word", "my": "byte"}
 FIXED_RM = {"endbr64": 2, "xgetbv": 0}  # opcodes that look like an operand
 

@@ -15,6 +15,7 @@ from sparsert import Clip
 from sparsert.codegen.assemble import assemble
 from sparsert.codegen.interpreter import Region, run
 from sparsert.codegen.vector import Builder, Program, S
+from sparsert.errors import UnsupportedError, ValueRangeError
 from sparsert.kernels import lookup, looped
 from sparsert.kernels.compact import Slot
 from sparsert.kernels.plan import FOLD_TAPS
@@ -370,7 +371,7 @@ def test_programs_in_the_interpreter(
 
 
 def every_operation(lanes: int) -> tuple[Program, int]:
-    """What loops over few columns have of their own: from X, indices from W, vectors and words to Y; how many floats."""
+    """What loops over few columns have of their own, from X by indices from W to Y; how many floats."""
     b, at = Builder(), 0
     b.emit("enter")
     for register, slot in ((S.X, Slot.X), (S.Y, Slot.Y), (S.PANEL, Slot.W)):
@@ -536,13 +537,13 @@ def test_storage_rounds_the_weights_for_any_number_of_columns(target: str, rng: 
 def test_storages_there_are_not_and_values_that_overflow() -> None:
     weight = np.eye(4, dtype=np.float32)
     for storage in ("f16", "BF16", 16, ["bf16"]):
-        with pytest.raises(sparsert.UnsupportedError, match="storage"):
+        with pytest.raises(UnsupportedError, match="storage"):
             sparsert.compile_matmul(weight, storage=storage, target="reference")  # type: ignore[arg-type]
     op = sparsert.compile_linear(weight, storage="bf16", target="reference")
     weight[1, 1] = 3.4e38  # above the largest bfloat16 by more than half a step
-    with pytest.raises(sparsert.ValueRangeError, match="infinite"):
+    with pytest.raises(ValueRangeError, match="infinite"):
         sparsert.compile_linear(weight, storage="bf16", target="reference")
-    with pytest.raises(sparsert.ValueRangeError, match="infinite"):
+    with pytest.raises(ValueRangeError, match="infinite"):
         op.refit(weight)
 
 

@@ -43,7 +43,7 @@ def test_each_encoding_has_a_recipe_for_what_kernels_may_emit_there() -> None:
     assert set(RECIPES[EVEX512]) == set(RECIPES[EVEX256]) == everything
     assert set(RECIPES[VEX256]) == everything - WITH_MASKS - {
         "fma_bcast", "mul_bcast",  # AVX2 broadcasts in an instruction of its own, has no mask registers,
-        "sign_mask", "expand", "lookup2", "fma_mask", "s_skip", "expand_lanes", "s_skip2",  # and sums few columns without lookups
+        "expand_lanes", "s_skip2", "sign_mask", "expand", "lookup2", "fma_mask", "s_skip",  # and takes no lookups
     }  # fmt: skip
 
 
