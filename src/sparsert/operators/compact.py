@@ -144,6 +144,12 @@ class CompactProduct(Framed):
         binding = self._bindings.get(key)
         return Binding(self, key) if binding is None else binding
 
+    def _code(self, columns: int) -> Callable[[bool], Executable]:
+        """What makes the code for values in 32 bits or in 16; frames keep it, and no product by it."""
+        stripped, name = _stripped(self.task), self.target.name
+        forms = [self.form_of(columns, bf16) for bf16 in (False, True)]
+        return lambda bf16: _executable(stripped, name, forms[bf16])
+
     def new_frame(self, key: tuple[int, ...], offset: int) -> Solo:
         """An argument block for arrays of these strides: lists of where their rows begin, and panels."""
         columns, strides = key[0], np.array(key[1:]).reshape(3, -1)
@@ -165,9 +171,7 @@ class CompactProduct(Framed):
             sums = s.lanes * width if s.folds > 1 else 0
         lists = [np.arange(k) * row[0], s.order * row[1], s.order * row[2] if self.task.residual else s.order[:0]]
         sizes = [-(-n // 16) * 16 for n in (panel, y_panel, sums, *(2 * part.size for part in lists))]
-        stripped, name = _stripped(self.task), self.target.name
-        forms = [self.form_of(columns, bf16) for bf16 in (False, True)]
-        frame = CompactFrame(sum(sizes), lambda bf16: _executable(stripped, name, forms[bf16]))
+        frame = CompactFrame(sum(sizes), self._code(columns))
         frame.scratch[:] = 0
         starts = np.concatenate([[0], np.cumsum(sizes)])
         at = address_of(frame.scratch) + 4 * starts
