@@ -220,7 +220,9 @@ def _compile(
             raise
         return made(_build_looped(task, matrix.values, b, request, started))
     if isinstance(compiled.product, NativeProduct):
-        compiled = replace(compiled, small=SmallProducts(task, request.target, compiled.product.current))
+        compiled = replace(
+            compiled, small=SmallProducts(task, request.target, compiled.product.current, _ranges(request))
+        )
     return made(compiled)
 
 
@@ -309,9 +311,18 @@ def _build_looped(task: Task, values: Array, bias: Array | None, request: Reques
     product.load(values, bias)
     reason = f"unrolled code would take more than the {request.budget} bytes that are permitted"
     stats = _stats(task, started, product.code_bytes, 0, 1.0)
-    note = partial(_one_thread, "a loop over the pattern")
-    small = SmallProducts(task, target, lambda: (product.unpack(), bias))
-    return Compiled(task, target, product, stats, None, reason, request.threads, product.listing, note, small)
+    product.crew = _ranges(request)
+    small = SmallProducts(task, target, lambda: (product.unpack(), bias), product.crew)
+    return Compiled(
+        task, target, product, stats, None, reason, request.threads, product.listing, product.threads_note, small
+    )
+
+
+def _ranges(request: Request) -> Crew | None:
+    """What products that loop over the pattern need for several threads: their parts share the code."""
+    if request.threads < 2 or not workers.supported():
+        return None
+    return Crew(lambda: shared_pool(request.target), request.threads, lambda parts: [])
 
 
 def _stats(task: Task, started: float, code_bytes: int = 0, instructions: int = 0, reuse: float = 0.0) -> Stats:

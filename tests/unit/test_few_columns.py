@@ -22,6 +22,7 @@ from sparsert.kernels.plan import FOLD_TAPS
 from sparsert.operators import bf16
 from sparsert.operators.compact import CompactProduct
 from sparsert.runtime.cpu import Executable, address_of
+from sparsert.schedule import cost
 from sparsert.schedule.task import Task
 from sparsert.sparsity.pattern import SparseMatrix, as_sparse
 from sparsert.sparsity.streams import PRESENT, Stream, lockstep, windows
@@ -227,6 +228,42 @@ def test_many_columns_of_the_weight(target: str, rng: np.random.Generator) -> No
     wide = op(x)
     for n in (1, 2, 5):
         assert same_bits(op(np.ascontiguousarray(x[:, :n])), wide[:, :n])
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+@compiled
+def test_ranges_of_rows_on_several_threads(
+    target: str, threads: int, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same bits as on one thread, whatever is stored how, also in place and in pieces."""
+    monkeypatch.setattr(cost, "LEAST_SHARE", 50)
+    for rows, cols, density in ((150, 90, 0.3), (70, 2 * FOLD_TAPS, 0.05), (3, 400, 0.9)):
+        first = uneven(rng, rows, cols, density)
+        weights = [first, SparseMatrix(first.pattern, as_bf16(first.values)), first]
+        bias = rng.standard_normal(rows).astype(np.float32)
+        many, one = (
+            sparsert.compile_matmul(first, bias, "relu", residual="after", target=target, threads=n)
+            for n in (threads, 1)
+        )
+        small = sparsert.compile_matmul(
+            first, bias, "relu", residual="after", target=target, threads=threads, max_code_bytes=8000
+        )
+        x, r = rng.standard_normal((cols, 40)).astype(np.float32), rng.standard_normal((rows, 40)).astype(np.float32)
+        for weight in weights:
+            for op in (many, one, small):
+                op.refit(weight)
+            for n in (1, 2, 3, 4, 7, 8, 9, 40):
+                xn, y = np.ascontiguousarray(x[:, :n]), np.ascontiguousarray(r[:, :n])
+                want = one(xn, residual=y.copy())
+                assert not complaint(want, expected(weight, xn, bias, "relu", "after", y))
+                assert same_bits(many(xn, residual=y), want)
+                assert same_bits(small(xn, residual=y), want)
+                in_place = y.copy()
+                assert same_bits(many(xn, out=in_place, residual=in_place), want)
+        product = own(small, 4)
+        assert product is not None
+        assert rows < 100 or len(product._cuts(40)) == 1 + threads
+        assert f"up to {threads}" in small.explain()
 
 
 @compiled

@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from ..codegen.assemble import assemble, listing
 from ..codegen.vector import Program
 from ..kernels import lookup, looped
-from ..kernels.compact import SLOTS, Slot
+from ..kernels.compact import Slot
 from ..kernels.lookup import Lookup
 from ..kernels.looped import Looped
 from ..kernels.plan import fold_width
@@ -23,34 +24,17 @@ from ..runtime.cpu import Executable, address_of
 from ..runtime.memory import aligned_empty
 from ..schedule import cost
 from ..schedule.task import Task
+from ..sparsity.partition import balanced
 from ..sparsity.pattern import Pattern
 from ..sparsity.streams import Stream, lockstep, wide_bytes, windows
 from ..target import Target, named
 from .arrays import Array
 from .bf16 import exact, narrowed, widened
-from .native import Binding, Framed, Loaded
-from .team import Addresses, Solo
+from .compact_call import STORAGE, CompactFrame, CompactTeam
+from .native import Binding, Crew, Framed, Loaded
+from .team import Call
 
-_STORAGE = 1  # the key, beside the addresses of packed values, of whether they are stored in 16 bits
 _NOTHING = Pattern(0, 0, np.zeros(1, np.int64), np.zeros(0, np.int32))
-
-
-class CompactFrame(Solo):
-    """A call whose code goes with how its values are stored, which a refit may change."""
-
-    __slots__ = ("_codes", "_make")
-
-    def __init__(self, scratch_floats: int, make: Callable[[bool], Executable]) -> None:
-        super().__init__(SLOTS, scratch_floats)
-        self._make, self._codes = make, dict[int, Callable[[int], None]]()
-
-    def aim(self, xa: int, ya: int, ra: int, weights: Addresses) -> None:
-        storage = weights[_STORAGE][0]
-        code = self._codes.get(storage)
-        if code is None:
-            code = self._codes[storage] = self._make(bool(storage)).call
-        self.call = code
-        self.point(xa, ya, ra, weights[0][0])
 
 
 class CompactProduct(Framed):
@@ -69,6 +53,7 @@ class CompactProduct(Framed):
         self.width = width or target.lanes
         pattern = task.pattern
         self.narrowest, self.fold = 1, _fold(pattern)
+        self.crew: Crew | None = None
         if by_lookup:
             self.window, unroll = cost.window(task, target)
             self.stream: Stream = windows(pattern, target.lanes, self.window, unroll, self.fold)
@@ -87,7 +72,7 @@ class CompactProduct(Framed):
     @property
     def bf16(self) -> bool:
         """Whether the values loaded last are stored in 16 bits."""
-        return bool(self.values[0].addresses[_STORAGE][0])
+        return bool(self.values[0].addresses[STORAGE][0])
 
     def form_of(self, columns: int, bf16: bool) -> Lookup | Looped:
         """The form that a call takes."""
@@ -118,7 +103,7 @@ class CompactProduct(Framed):
             packed[positions:].view(np.uint16)[place] = narrowed(taken)
         else:
             packed[positions:][place] = taken
-        self.values[0] = Loaded({0: (packed,)}, {0: (address_of(packed),), _STORAGE: (int(bf16),)})
+        self.values[0] = Loaded({0: (packed,)}, {0: (address_of(packed),), STORAGE: (int(bf16),)})
 
     def _places(self, bf16: bool) -> tuple[int, NDArray[np.int64]]:
         """How many elements the packed values have, and where the one of each place of the stream stands."""
@@ -150,12 +135,35 @@ class CompactProduct(Framed):
         forms = [self.form_of(columns, bf16) for bf16 in (False, True)]
         return lambda bf16: _executable(stripped, name, forms[bf16])
 
-    def new_frame(self, key: tuple[int, ...], offset: int) -> Solo:
-        """An argument block for arrays of these strides: lists of where their rows begin, and panels."""
+    def new_frame(self, key: tuple[int, ...], offset: int) -> Call:
+        """An argument block for arrays of these strides: lists of where their rows begin, and panels; or several."""
+        cuts = self._cuts(key[0])
+        frames = [self._frame(key, first, last) for first, last in pairwise(cuts)]
+        return frames[0] if self.crew is None or len(frames) < 2 else CompactTeam(self.crew.pool(), frames)
+
+    def _cuts(self, columns: int) -> list[int]:
+        """Offsets that cut the bundles into ranges of nearly equal work, one per thread that there is enough for."""
+        s, parts = self.stream, 1
+        if self.crew is not None and s.bundles:
+            work = self.task.pattern.nnz * -(-columns // self.width)
+            parts = max(1, min(self.crew.threads, work // cost.LEAST_SHARE, s.bundles))
+            if parts > 1 and not self.crew.pool().ensure(parts - 1):
+                parts = min(parts, self.crew.pool().workers + 1)
+        return np.unique(balanced(self._trips, parts)).tolist() if parts > 1 else [0, s.bundles]
+
+    @property
+    def _trips(self) -> NDArray[np.int64]:
+        """Of each bundle."""
+        trips: NDArray[np.int64] = self.stream.counts.reshape(-1, self.stream.folds).sum(axis=1, dtype=np.int64)
+        return trips
+
+    def _frame(self, key: tuple[int, ...], first: int, last: int) -> CompactFrame:
+        """An argument block for bundles ``first`` to ``last``."""
         columns, strides = key[0], np.array(key[1:]).reshape(3, -1)
         lanes, width, s = self.target.lanes, self.width, self.stream
-        m, k = self.task.pattern.shape
-        positions = s.bundles * s.lanes
+        k = self.task.pattern.cols
+        positions, before = (last - first) * s.lanes, first * s.lanes
+        order = s.order[before : before + positions]
         if strides.shape[1] == 3:  # tiles
             tile, row, column = strides.T.tolist()
         else:
@@ -169,19 +177,24 @@ class CompactProduct(Framed):
             pitch = 0
             panel, y_panel = (k + 1) * width, positions * width
             sums = s.lanes * width if s.folds > 1 else 0
-        lists = [np.arange(k) * row[0], s.order * row[1], s.order * row[2] if self.task.residual else s.order[:0]]
+        lists = [np.arange(k) * row[0], order * row[1], order * row[2] if self.task.residual else order[:0]]
         sizes = [-(-n // 16) * 16 for n in (panel, y_panel, sums, *(2 * part.size for part in lists))]
-        frame = CompactFrame(sum(sizes), self._code(columns))
+        trips = int(self._trips[:first].sum())
+        behind = 4 * (s.bundles * s.lanes - before)
+        values = behind + self._values_before(first, trips, False), behind + self._values_before(first, trips, True)
+        frame = CompactFrame(sum(sizes), self._code(columns), 4 * before, values)
         frame.scratch[:] = 0
         starts = np.concatenate([[0], np.cumsum(sizes)])
         at = address_of(frame.scratch) + 4 * starts
         for part, start in zip(lists, starts[3:], strict=False):
             frame.scratch[start : start + 2 * part.size].view(np.int64)[:] = part
         whole = [width if step == 4 else -1 for step in column]
+        trip_bytes = self.stream.data.size // max(1, int(self._trips.sum()))
         slots = {
-            Slot.VALUES: 4 * positions, Slot.STREAM: address_of(self.data), Slot.COUNTS: address_of(self.counts),
-            Slot.BUNDLES: s.bundles, Slot.FOLDS: s.folds - 1, Slot.X_ENTRIES: k, Slot.X_OFFSETS: at[3],
-            Slot.X_COLUMN: column[0], Slot.X_WHOLE: whole[0], Slot.Y_ENTRIES: m, Slot.Y_OFFSETS: at[4],
+            Slot.VALUES: values[self.bf16], Slot.STREAM: address_of(self.data) + trips * trip_bytes,
+            Slot.COUNTS: address_of(self.counts) + 4 * first * s.folds, Slot.BUNDLES: last - first,
+            Slot.FOLDS: s.folds - 1, Slot.X_ENTRIES: k, Slot.X_OFFSETS: at[3],
+            Slot.X_COLUMN: column[0], Slot.X_WHOLE: whole[0], Slot.Y_ENTRIES: order.size, Slot.Y_OFFSETS: at[4],
             Slot.Y_COLUMN: column[1], Slot.Y_WHOLE: whole[1], Slot.R_OFFSETS: at[5], Slot.R_COLUMN: column[2],
             Slot.R_WHOLE: whole[2], Slot.X_TILE: tile[0], Slot.Y_TILE: tile[1], Slot.R_TILE: tile[2],
             Slot.COLUMNS: columns, Slot.LANES: width, Slot.PANEL: at[0], Slot.PITCH: 4 * pitch,
@@ -192,12 +205,27 @@ class CompactProduct(Framed):
             frame.slots[slot] = value
         return frame
 
+    def _values_before(self, bundle: int, trips: int, bf16: bool) -> int:
+        """Bytes of packed values of the bundles, and their trips, before ``bundle``."""
+        size = 2 if bf16 else 4
+        if isinstance(self.form, Looped):
+            return size * trips * looped.value_places(self.target, replace(self.form, bf16=bf16))[1]
+        return size * int(self.task.pattern.row_counts[self.stream.order[: bundle * self.stream.lanes]].sum())
+
+    def threads_note(self) -> str:
+        """How many threads calls may use, in words."""
+        if self.crew is None:
+            return "1, as asked for, or all that this system has"
+        return f"up to {self.crew.threads}, in ranges of rows with equal work"
+
 
 class SmallProducts:
     """The products for few columns beside an operator's own, made when they are first needed."""
 
-    def __init__(self, task: Task, target: Target, current: Callable[[], tuple[Array, Array | None]]) -> None:
-        self.task, self.target, self._current = task, target, current
+    def __init__(
+        self, task: Task, target: Target, current: Callable[[], tuple[Array, Array | None]], crew: Crew | None = None
+    ) -> None:
+        self.task, self.target, self._current, self._crew = task, target, current, crew
         self._made: dict[cost.FewColumns, CompactProduct] = {}
         self._lock = threading.Lock()
         _LOCKED.add(self)
@@ -214,6 +242,7 @@ class SmallProducts:
                 if made is None:
                     made = CompactProduct(self.task, named(kind.target), kind.by_lookup, kind.width)
                     made.load(*self._current())
+                    made.crew = self._crew
                     self._made[kind] = made
         return made
 
