@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from .codegen.assemble import assemble, listing
-from .codegen.vector import Program
+from .codegen.vector import Program, Table
 from .crew import crew, ranges
 from .errors import CodeBudgetError, UnsupportedError, ValueRangeError
 from .kernels import activations, matmul
@@ -310,7 +310,7 @@ def _build(
     kernel = matmul.generate(task, schedule, target)
     code = assemble(kernel.program, target.isa)
     within(len(code.code), budget)
-    kernel = replace(kernel, program=Program({}, (), 0, {}))  # twice as large as the code, and not needed any more
+    kernel = replace(kernel, program=Program(Table(0), (), 0, {}))  # twice as large as the code, no longer needed
     product = native(task, schedule, target, kernel, Executable(code.code))
     product.load(values, bias)
     return Built(kernel, product, len(code.code), code.instructions)
