@@ -7,6 +7,9 @@
 *hot*: one layer over and over. *cold*: layers of one shape in turn, more than 128 MB of them on both sides, so that
 nothing is left of a layer in the caches when its turn comes again; the fastest three dense forms of the hot round take
 part. Ratios are medians of ratios within a round.
+
+Lines of *bf16* storage: the same pattern with weights that are exact in bf16, which operators then store in two bytes;
+the dense forms are those of the same rounds, in fp32.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import argparse
 import json
 import shlex
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +31,12 @@ from sparsert.benchmarks.ours import sparsert_forms
 from sparsert.benchmarks.peers import Candidate, Prepared, bind
 from sparsert.benchmarks.problems import Problem, uniform
 from sparsert.benchmarks.table import console
+from sparsert.operators.bf16 import rounded
 
 DENSE = ("numpy", "torch", "onnxruntime", "openvino")
 SIZE = 4096
 COLD_BYTES = 160 << 20
-BYTES_PER_NONZERO = 5
+BYTES_PER_NONZERO = {"f32": 5, "bf16": 3}
 
 
 @dataclass(frozen=True)
@@ -53,9 +57,11 @@ GOALS = (
 )  # fmt: skip
 
 
-def prepared(sparsity: int, columns: int, layers: int) -> Prepared:
+def prepared(sparsity: int, columns: int, layers: int, storage: str = "f32") -> Prepared:
     """``layers`` copies of one problem: each is bound for itself and has packed weights of its own."""
     weight = uniform(SIZE, SIZE, sparsity / 100)
+    if storage == "bf16":
+        weight = replace(weight, values=rounded(weight.values))
     one = Prepared.of(Problem(f"{SIZE}x{SIZE}x{columns}, {sparsity} %", "small N", weight, columns))
     problem = Problem(one.problem.name, "small N", weight, columns, successors=(weight,) * (layers - 1))
     dense = tuple(one.dense[0].copy() for _ in range(layers))
@@ -71,10 +77,9 @@ def candidates(selection: baselines.Selection, data: Prepared, only: tuple[str, 
     return found
 
 
-def ours(data: Prepared, threads: int) -> list[Candidate]:
+def ours(data: Prepared, threads: int) -> Candidate:
     """W @ x; with one column, x @ W.T is the same call."""
-    form = sparsert_forms(threads)[0]
-    return [bind(form, "sparsert", data)]
+    return bind(sparsert_forms(threads)[0], "sparsert", data)
 
 
 def line(samples: Samples, mine: str, dense: dict[str, int], layers: int) -> dict[str, Any]:
@@ -90,57 +95,67 @@ def line(samples: Samples, mine: str, dense: dict[str, int], layers: int) -> dic
     }
 
 
-def measure(sparsity: int, columns: int, modes: tuple[str, ...], rounds: int, threads: int) -> list[dict[str, Any]]:
+def measure(
+    sparsity: int, columns: int, storages: tuple[str, ...], modes: tuple[str, ...], rounds: int, threads: int
+) -> list[dict[str, Any]]:
     selection = baselines.select([n for n in DENSE if not baselines.obstacle(baselines.BASELINES[n], threads)], threads)
     lines = []
-    once = prepared(sparsity, columns, 1)
-    dense, mine = candidates(selection, once), ours(once, threads)
-    hot = interleave({c.key: c.call for c in (*dense, *mine)}, rounds)
-    lines.append({"mode": "hot"} | line(hot, mine[0].key, {c.key: 1 for c in dense}, 1))
+    dense = candidates(selection, prepared(sparsity, columns, 1))
+    mine = {storage: ours(prepared(sparsity, columns, 1, storage), threads) for storage in storages}
+    facts = {storage: one.facts for storage, one in mine.items()}
+    hot = interleave({c.key: c.call for c in dense} | {storage: one.call for storage, one in mine.items()}, rounds)
+    lines += [{"storage": storage, "mode": "hot"} | line(hot, storage, {c.key: 1 for c in dense}, 1)
+              for storage in storages]  # fmt: skip
     fastest = tuple(sorted((c.key for c in dense), key=lambda key: hot.time(key).median)[:3])
     if "cold" in modes:
         few = -(-COLD_BYTES // (4 * SIZE * SIZE))
-        many = -(-COLD_BYTES // (BYTES_PER_NONZERO * once.problem.nnz))
+        nonzeros = SIZE * SIZE * (100 - sparsity) // 100
+        many = {storage: -(-COLD_BYTES // (BYTES_PER_NONZERO[storage] * nonzeros)) for storage in storages}
         dense = candidates(selection, prepared(sparsity, columns, few), fastest)
-        mine = ours(prepared(sparsity, columns, many), threads)
-        cold = interleave({c.key: c.call for c in (*dense, *mine)}, rounds)
-        lines.append({"mode": "cold", "layers": many, "dense_layers": few}
-                     | line(cold, mine[0].key, {c.key: few for c in dense}, many))  # fmt: skip
-    head = {"sparsity": sparsity, "columns": columns, "facts": mine[0].facts}
-    return [head | one for one in lines if one["mode"] in modes]
+        mine = {storage: ours(prepared(sparsity, columns, n, storage), threads) for storage, n in many.items()}
+        cold = interleave({c.key: c.call for c in dense} | {storage: one.call for storage, one in mine.items()}, rounds)
+        layers = {c.key: few for c in dense}
+        lines += [{"storage": storage, "mode": "cold", "layers": many[storage], "dense_layers": few}
+                  | line(cold, storage, layers, many[storage]) for storage in storages]  # fmt: skip
+    head = {"sparsity": sparsity, "columns": columns}
+    return [head | {"facts": facts[one["storage"]]} | one for one in lines if one["mode"] in modes]
+
+
+def _name(one: dict[str, Any]) -> tuple[Any, ...]:
+    return -one["sparsity"], one["columns"], one.get("storage", "f32"), one["mode"]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--sparsity", default="90,80,50", help="in percent")
     parser.add_argument("--columns", default="1,4,8")
+    parser.add_argument("--storages", default="f32,bf16")
     parser.add_argument("--modes", default="hot,cold")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--json", default="bench/results/small_n.json", help="added to what is there; '' for none")
     args = parser.parse_args()
     if bad := environment.crippled():
         parser.error(f"{', '.join(bad)} is set: no dense figure may be called best then")
-    rows = Table("sparsity", "N", "mode", "ms", "best dense", "ms", "speed-up", "p10..p90", "goal")
+    rows = Table("sparsity", "N", "storage", "mode", "ms", "best dense", "ms", "speed-up", "p10..p90", "goal")
     results = []
     for sparsity in map(int, args.sparsity.split(",")):
         for columns in map(int, args.columns.split(",")):
             modes = tuple(m for m in args.modes.split(",") if columns == 1 or m == "hot")
-            for one in measure(sparsity, columns, modes, args.rounds, 1):
+            for one in measure(sparsity, columns, tuple(args.storages.split(",")), modes, args.rounds, 1):
                 results.append(one)
                 s, best = one["speedup"], one["best_dense"]
                 goal = next((g for g in GOALS if (g.sparsity, g.columns, g.mode) == (sparsity, columns, one["mode"])),
                             None)  # fmt: skip
                 met = "-" if goal is None else f"{goal.target:g} {'met' if s['median'] >= goal.target else 'missed'}"
-                rows.add_row(f"{sparsity} %", str(columns), one["mode"], f"{one['ms']:.3f}", best,
+                rows.add_row(f"{sparsity} %", str(columns), one["storage"], one["mode"], f"{one['ms']:.3f}", best,
                              f"{one['dense_ms'][best]:.2f}", f"{s['median']:.2f}", f"{s['p10']:.2f}..{s['p90']:.2f}",
                              met)  # fmt: skip
     console().print(rows)
     if args.json:
         path = Path(args.json)
         known = json.loads(path.read_text())["lines"] if path.is_file() else []
-        names = {(one["sparsity"], one["columns"], one["mode"]) for one in results}
-        kept = [one for one in known if (one["sparsity"], one["columns"], one["mode"]) not in names]
-        lines = sorted(kept + results, key=lambda one: (-one["sparsity"], one["columns"], one["mode"]))
+        names = {_name(one) for one in results}
+        lines = sorted([one for one in known if _name(one) not in names] + results, key=_name)
         report = {"environment": environment.describe(1, "native", shlex.join(sys.argv)), "lines": lines}
         path.write_text(json.dumps(report, indent=1) + "\n")
     return 0

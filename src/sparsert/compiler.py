@@ -13,7 +13,7 @@ import numpy as np
 
 from .codegen.assemble import assemble, listing
 from .codegen.vector import Program, Table
-from .crew import crew
+from .crew import crew, ranges
 from .errors import CodeBudgetError, UnsupportedError, ValueRangeError
 from .kernels import activations, matmul
 from .operators import tuned
@@ -33,6 +33,7 @@ from .request import (
     make_request,
     make_task,
     schedule_for,
+    weights,
     why_dense,
     within,
 )
@@ -52,7 +53,7 @@ def compile_matmul(
     weight: Any, bias: Any = None, activation: Any = None, *, residual: str | None = None, precision: str = "f32",
     target: str = "native", threads: int | None = None, layout: str = "row_major", schedule: Schedule | None = None,
     max_code_bytes: int | None = None, form: str | None = None, tune: str | None = None,
-    tuning: str | os.PathLike[str] | None = None, columns: int | None = None,
+    tuning: str | os.PathLike[str] | None = None, columns: int | None = None, storage: str | None = None,
 ) -> CompiledMatmul:  # fmt: skip
     """Compile ``y = act(W @ x + b)`` for a sparse W.
 
@@ -85,6 +86,9 @@ def compile_matmul(
         tuning: the file of records, or "off". By default what the variable SPARSERT_TUNING says, or a file in the
             user's cache folder, if ``tune`` is given; without ``tune`` records are used where ``tuning`` names them.
         columns: N to tune for, and to look up; 196 by default. Any N can be computed.
+        storage: None, or "bf16": weights, not the bias, are rounded to bfloat16 (to nearest, ties to even), those of a
+            refit too, and products with few columns store them in two bytes. Results are those of the rounded weights,
+            the same for any N. Without it weights that are all exact in bfloat16 are stored so there, unasked.
 
     Raises:
         ShapeError, DTypeError, FormatError, ValueRangeError, UnsupportedError: what is wrong with an argument.
@@ -96,7 +100,7 @@ def compile_matmul(
         raise UnsupportedError(f"unknown layout {layout!r}", where="layout", hint=f"Known: {', '.join(LAYOUTS[:2])}.")
     return _compile(
         CompiledMatmul, weight, bias, activation, residual, precision, target, threads, layout, schedule,
-        max_code_bytes, form, tune, tuning, columns,
+        max_code_bytes, form, tune, tuning, columns, storage,
     )  # fmt: skip
 
 
@@ -104,7 +108,7 @@ def compile_linear(
     weight: Any, bias: Any = None, activation: Any = None, *, residual: str | None = None, precision: str = "f32",
     target: str = "native", threads: int | None = None, schedule: Schedule | None = None,
     max_code_bytes: int | None = None, form: str | None = None, tune: str | None = None,
-    tuning: str | os.PathLike[str] | None = None, columns: int | None = None,
+    tuning: str | os.PathLike[str] | None = None, columns: int | None = None, storage: str | None = None,
 ) -> CompiledLinear:  # fmt: skip
     """Compile ``y = act(x @ W.T + b)`` for a sparse W (M, K): x (..., K) to y (..., M), as ``torch.nn.Linear``.
 
@@ -112,7 +116,7 @@ def compile_linear(
     """
     return _compile(
         CompiledLinear, weight, bias, activation, residual, precision, target, threads, "transposed", schedule,
-        max_code_bytes, form, tune, tuning, columns,
+        max_code_bytes, form, tune, tuning, columns, storage,
     )  # fmt: skip
 
 
@@ -189,20 +193,24 @@ def tune_layer(
 def _compile(
     kind: type[_Kind], weight: Any, bias: Any, activation: Any, residual: str | None, precision: str, target: str,
     threads: int | None, layout: str, schedule: Schedule | None, max_code_bytes: int | None, form: str | None,
-    tune: str | None, tuning: str | os.PathLike[str] | None, columns: int | None,
+    tune: str | None, tuning: str | os.PathLike[str] | None, columns: int | None, storage: str | None,
 ) -> _Kind:  # fmt: skip
     started = time.perf_counter()
-    matrix = as_sparse(weight)
+    matrix = weights(weight, storage)
     task, b = make_task(matrix, bias, activation, residual, precision, layout)
     wanted = tuned.request(tune, tuning, columns)
     if schedule is not None and tune is not None:
         raise UnsupportedError("a given schedule leaves nothing to tune", where="tune", hint="Give one of the two.")
     request = make_request(target, threads, schedule, max_code_bytes, wanted)
+
+    def made(compiled: Compiled) -> _Kind:
+        return kind(replace(compiled, storage=storage), b)
+
     dense_reason = why_dense(form, task, request.target, schedule)
     if dense_reason and request.target.isa != "reference":
         as_dense = replace(task, layout="transposed" if kind is CompiledLinear else task.layout)
         try:
-            return kind(_build_dense(as_dense, matrix.values, b, request, dense_reason, started), b)
+            return made(_build_dense(as_dense, matrix.values, b, request, dense_reason, started))
         except CodeBudgetError:
             if form is not None:
                 raise
@@ -211,10 +219,12 @@ def _compile(
     except CodeBudgetError:
         if schedule is not None or form is not None or not request.target.loops:
             raise
-        return kind(_build_looped(task, matrix.values, b, request, started), b)
+        return made(_build_looped(task, matrix.values, b, request, started))
     if isinstance(compiled.product, NativeProduct):
-        compiled = replace(compiled, small=SmallProducts(task, request.target, compiled.product.current))
-    return kind(compiled, b)
+        compiled = replace(
+            compiled, small=SmallProducts(task, request.target, compiled.product.current, ranges(request))
+        )
+    return made(compiled)
 
 
 def build(
@@ -278,9 +288,11 @@ def _build_looped(task: Task, values: Array, bias: Array | None, request: Reques
     product.load(values, bias)
     reason = f"unrolled code would take more than the {request.budget} bytes that are permitted"
     stats = _stats(task, started, product.code_bytes, 0, 1.0)
-    note = partial(_one_thread, "a loop over the pattern")
-    small = SmallProducts(task, target, lambda: (product.unpack(), bias))
-    return Compiled(task, target, product, stats, None, reason, request.threads, product.listing, note, small)
+    product.crew = ranges(request)
+    small = SmallProducts(task, target, lambda: (product.unpack(), bias), product.crew)
+    return Compiled(
+        task, target, product, stats, None, reason, request.threads, product.listing, product.threads_note, small
+    )
 
 
 def _stats(task: Task, started: float, code_bytes: int = 0, instructions: int = 0, reuse: float = 0.0) -> Stats:

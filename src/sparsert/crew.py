@@ -11,7 +11,7 @@ from .codegen.parking import PoolCode
 from .errors import ExecutableMemoryError
 from .kernels import matmul, worker
 from .operators.native import Crew, NativeProduct
-from .request import schedule_for
+from .request import Request, schedule_for
 from .runtime import workers
 from .runtime.cpu import Executable
 from .schedule import cost
@@ -34,6 +34,13 @@ def crew(task: Task, target: Target, schedule: Schedule | None, threads: int, bu
             return []
 
     return Crew(lambda: shared_pool(target), threads, rows)
+
+
+def ranges(request: Request) -> Crew | None:
+    """What products that loop over the pattern need for several threads: their parts share pattern and code."""
+    if request.threads < 2 or not workers.supported():
+        return None
+    return Crew(lambda: shared_pool(request.target), request.threads, lambda parts: [])
 
 
 def shared_pool(target: Target) -> workers.Pool:

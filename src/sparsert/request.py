@@ -11,14 +11,16 @@ from .errors import CodeBudgetError, ScheduleError, ShapeError, UnsupportedError
 from .kernels import activations, matmul
 from .operators import tuned
 from .operators.arrays import Array, as_input
+from .operators.matmul import stored
 from .runtime import host
 from .schedule import cost
 from .schedule.schedule import Schedule
 from .schedule.task import Task
-from .sparsity.pattern import SparseMatrix, require_finite
+from .sparsity.pattern import SparseMatrix, as_sparse, require_finite
 from .target import Target
 
 PRECISIONS = ("f32",)
+STORAGES = ("bf16",)
 MAX_CODE_BYTES = 1 << 30  # branches reach 2 GiB
 _LEAST_BYTES = 5  # per nonzero: what refuses a hopeless budget before any work is done
 
@@ -45,6 +47,22 @@ def make_request(
     permitted, found = _threads(threads), host.resolve(target)
     check_schedule(schedule)
     return Request(found, permitted, schedule, _budget(max_code_bytes), tuning)
+
+
+def weights(weight: Any, storage: str | None) -> SparseMatrix:
+    """A weight in any of its forms, rounded as ``storage`` says.
+
+    Raises:
+        UnsupportedError: there is no such storage. ValueRangeError: a value is not finite, or not when it is rounded.
+        ShapeError, DTypeError, FormatError: what is wrong with the weight.
+    """
+    if not (storage is None or (isinstance(storage, str) and storage in STORAGES)):
+        raise UnsupportedError(f"unknown storage {storage!r}", where="storage", hint=f"None, or {STORAGES[0]!r}.")
+    matrix = as_sparse(weight)
+    if storage is not None:
+        matrix = replace(matrix, values=stored(matrix.values, storage))
+        require_finite(matrix.values, "weight")
+    return matrix
 
 
 def make_task(

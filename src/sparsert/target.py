@@ -23,6 +23,8 @@ class Target:
         machine: what this code runs on, as the platform names it.
         needs: CPU features (as CPUID or the system names them) without which the code faults.
         masks: mask registers that loads of the accumulate loop may use.
+        indexed: multiply-adds take a vector from memory at a base plus 8 times a register; x86 addresses so.
+        narrow: the variant with vectors half as long, for fewer columns than lanes.
         loops: its lowering has what kernels need that loop over a pattern as data (note 0014).
         l1i, l1d, l2: bytes of cache per core.
         fmas, loads, broadcasts: what a core starts in a cycle: vector multiply-adds, loads of a whole vector, loads of
@@ -42,6 +44,8 @@ class Target:
     machine: str = "x86-64"
     masks: int = 0
     loops: bool = False
+    indexed: bool = False
+    narrow: str = ""
     l1i: int = 32 << 10
     l1d: int = 32 << 10
     l2: int = 1 << 20
@@ -73,8 +77,22 @@ TARGETS = {
             ("avx512f", "avx512bw", "avx512dq", "avx512vl"),
             masks=5,
             loops=True,
+            indexed=True,
+            narrow="x86-avx512-256",
         ),
-        Target("x86-avx2", "x86-avx2", 8, 16, False, ("avx2", "fma"), fmas=2.0, loads=2.0, fma_bytes=17.0, loops=True),
+        Target(
+            "x86-avx2",
+            "x86-avx2",
+            8,
+            16,
+            False,
+            ("avx2", "fma"),
+            fmas=2.0,
+            loads=2.0,
+            fma_bytes=17.0,
+            loops=True,
+            indexed=True,
+        ),
         Target(
             "aarch64-neon",
             "aarch64-neon",
@@ -97,5 +115,18 @@ TARGETS = {
         Target("reference", "reference", 16),
     )
 }
+VARIANTS = {
+    t.name: t
+    for t in (
+        Target("x86-avx512-256", "x86-avx512-256", 8, 32, True, TARGETS["x86-avx512"].needs, fmas=2.0, loads=2.0,
+               masks=5, loops=True, indexed=True),
+    )
+}  # fmt: skip
+"""What few columns are computed with beside the targets' own vectors; no target that anyone asks for."""
 NATIVE_ORDER = ("x86-avx512", "x86-avx2", "aarch64-neon")
 """Which target ``native`` stands for: the first one available."""
+
+
+def named(name: str) -> Target:
+    """The target or variant called ``name``."""
+    return TARGETS.get(name) or VARIANTS[name]

@@ -259,7 +259,7 @@ def test_loops_over_patterns(cols: int, columns: int, rng: np.random.Generator) 
     for interpreted in (False, True):
         y = np.full((21, columns), np.nan, np.float32)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(layer, "_code", lambda _: routed(code))
+            patch.setattr(layer, "_code", lambda _: lambda _: routed(code))
             made = layer.new_frame((columns, *steps, *steps, *steps), 0)
         made.point(address_of(x), address_of(y), address_of(r), address_of(weights))
         arrays = {"x": x, "y": y, "r": r, "w": weights, "scratch": made.scratch, "data": layer.data,

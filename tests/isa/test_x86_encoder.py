@@ -22,9 +22,9 @@ DRAWS = 150  # per row, encoding and kind of operand
 EVEX = (EVEX128, EVEX256, EVEX512)
 LEGAL = {"L": (LEGACY,), "V": (VEX128, VEX256), "E": EVEX}
 RSP = 4
-NOT_IN_128_BITS = ("vinsertf32x4", "vextractf32x4", "vpermpd_imm", "vshuff64x2")
+NOT_IN_128_BITS = ("vinsertf32x4", "vextractf32x4", "vpermpd_imm", "vshuff64x2", "vbroadcastf32x4")
 BRANCHES = tuple(name for name, row in ROWS.items() if row.operands == "b")
-REGISTERS_ONLY = ("vpslld_vex", "vpmovd2m", "kmovw")  # sources the architecture does not read from memory
+REGISTERS_ONLY = ("vpslld_vex", "vpmovd2m", "kmovw", "movzx16_r", "vexpandps_r")  # sources not read from memory
 LEGACY_SIZES = {"me": "dword", "mw": "word", "my": "byte"}
 FIXED_RM = {"endbr64": 2, "xgetbv": 0}  # opcodes that look like an operand
 
@@ -108,7 +108,7 @@ def draw(name: str, enc: int, operand: str, n: int, rng: np.random.Generator) ->
         c["imm"] = rng.choice(np.concatenate([edges, rng.integers(-wide, wide, 8)]), n)
         if "L" not in row.encodings:  # only general instructions extend the sign
             c["imm"] &= 0xFF
-    if name == "shl":
+    if name in ("shl", "shr"):
         c["imm"] = rng.choice(np.delete(np.arange(64), 1), n)  # by 1 has a form of its own
     if "s" in row.operands:
         c["imm"] = rng.integers(0, 16, n)
@@ -143,7 +143,7 @@ def operands_of(name: str, enc: int) -> list[str]:
     if "m" not in row.operands:
         return ["opcode" if "o" in row.operands else "none"]
     rm = next(o for o in row.operands.split() if o[0] == "m")
-    kinds = [] if rm in ("mq", "mw", "my") else ["register"]
+    kinds = [] if rm in ("mq", "mw", "my", "mp") else ["register"]
     if name not in REGISTERS_ONLY:
         kinds += ["memory"] + ([] if row.imm else ["rip"])  # no RIP operand has an immediate (encoder._resolve)
         kinds += ["broadcast"] if enc in EVEX and row.tuple == Tuple.FULL else []
@@ -201,7 +201,7 @@ def has_shorter_form(c: Instructions, i: int) -> bool:
     return (
         (name == "add_imm" and (one_byte or rm == 0))
         or (name == "imul_imm" and one_byte)
-        or (name == "shl" and imm == 1)
+        or (name in ("shl", "shr") and imm == 1)
         or (name in ("vunpcklpd", "vunpckhpd") and c["enc"][i] in (VEX128, VEX256))
     )
 

@@ -147,6 +147,20 @@ def test_onnxruntime(target: str, activation: str | None, rng: np.random.Generat
         agree(sparsert.compile_matmul(weight, bias, activation, target=target)(x), peer, want, 8)
 
 
+@pytest.mark.peers("torch")
+@pytest.mark.parametrize("target", COMPILED)
+def test_weights_rounded_to_bf16_are_those_of_torch(target: str, rng: np.random.Generator) -> None:
+    """One column of a diagonal matrix times one is the weight as it is stored; for many columns the same."""
+    import torch
+
+    values = (rng.standard_normal(512) * 10.0 ** rng.integers(-42, 38, 512)).astype(np.float32)
+    values = values[np.isfinite(values) & (np.abs(values) < 3.3e38) & (values != 0)]
+    want = torch.from_numpy(values).to(torch.bfloat16).to(torch.float32).numpy()
+    op = sparsert.compile_matmul(np.diag(values), target=target, storage="bf16")
+    for n in (1, 3, 8, 40):
+        assert np.array_equal(op(np.ones((values.size, n), np.float32)), np.tile(want[:, None], n))
+
+
 def test_every_activation_is_compared() -> None:
     """Whatever the compiler knows by name is in the list above."""
     from sparsert.kernels.activations import ACTIVATIONS as KNOWN

@@ -12,16 +12,21 @@ import pytest
 import sparsert
 from oracle import COMPILED, complaint, dense_matrix, expected, same_bits
 from sparsert import Clip
+from sparsert.codegen.assemble import assemble
 from sparsert.codegen.interpreter import Region, run
-from sparsert.codegen.vector import Program
+from sparsert.codegen.vector import Builder, Program, S
+from sparsert.errors import UnsupportedError, ValueRangeError
 from sparsert.kernels import lookup, looped
+from sparsert.kernels.compact import Slot
 from sparsert.kernels.plan import FOLD_TAPS
+from sparsert.operators import bf16
 from sparsert.operators.compact import CompactProduct
-from sparsert.runtime.cpu import address_of
+from sparsert.runtime.cpu import Executable, address_of
+from sparsert.schedule import cost
 from sparsert.schedule.task import Task
 from sparsert.sparsity.pattern import SparseMatrix, as_sparse
 from sparsert.sparsity.streams import PRESENT, Stream, lockstep, windows
-from sparsert.target import TARGETS
+from sparsert.target import named
 
 Array = np.ndarray
 compiled = pytest.mark.parametrize("target", COMPILED)
@@ -225,6 +230,42 @@ def test_many_columns_of_the_weight(target: str, rng: np.random.Generator) -> No
         assert same_bits(op(np.ascontiguousarray(x[:, :n])), wide[:, :n])
 
 
+@pytest.mark.parametrize("threads", [2, 3])
+@compiled
+def test_ranges_of_rows_on_several_threads(
+    target: str, threads: int, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same bits as on one thread, whatever is stored how, also in place and in pieces."""
+    monkeypatch.setattr(cost, "LEAST_SHARE", 50)
+    for rows, cols, density in ((150, 90, 0.3), (70, 2 * FOLD_TAPS, 0.05), (3, 400, 0.9)):
+        first = uneven(rng, rows, cols, density)
+        weights = [first, SparseMatrix(first.pattern, as_bf16(first.values)), first]
+        bias = rng.standard_normal(rows).astype(np.float32)
+        many, one = (
+            sparsert.compile_matmul(first, bias, "relu", residual="after", target=target, threads=n)
+            for n in (threads, 1)
+        )
+        small = sparsert.compile_matmul(
+            first, bias, "relu", residual="after", target=target, threads=threads, max_code_bytes=8000
+        )
+        x, r = rng.standard_normal((cols, 40)).astype(np.float32), rng.standard_normal((rows, 40)).astype(np.float32)
+        for weight in weights:
+            for op in (many, one, small):
+                op.refit(weight)
+            for n in (1, 2, 3, 4, 7, 8, 9, 40):
+                xn, y = np.ascontiguousarray(x[:, :n]), np.ascontiguousarray(r[:, :n])
+                want = one(xn, residual=y.copy())
+                assert not complaint(want, expected(weight, xn, bias, "relu", "after", y))
+                assert same_bits(many(xn, residual=y), want)
+                assert same_bits(small(xn, residual=y), want)
+                in_place = y.copy()
+                assert same_bits(many(xn, out=in_place, residual=in_place), want)
+        product = own(small, 4)
+        assert product is not None
+        assert rows < 100 or len(product._cuts(40)) == 1 + threads
+        assert f"up to {threads}" in small.explain()
+
+
 @compiled
 def test_threads_share_one_operator(target: str, rng: np.random.Generator) -> None:
     op = sparsert.compile_matmul(uneven(rng, 64, 64, 0.3), target=target)
@@ -320,32 +361,241 @@ def memory_of(array: Array) -> Region:
     return Region(address_of(array), np.frombuffer((ctypes.c_uint8 * size).from_address(address_of(array)), np.uint8))
 
 
-@pytest.mark.parametrize("by_lookup", [True, False])
-@compiled
-def test_programs_in_the_interpreter(target: str, by_lookup: bool, rng: np.random.Generator) -> None:
-    if by_lookup and target == "x86-avx2":
-        pytest.skip("few columns are looped there")
-    matrix = uneven(rng, 21, 70, 0.2)
-    task = Task(matrix.pattern, True, "relu", residual="after")
-    bias = rng.standard_normal(21).astype(np.float32)
-    for n in (1, 2) if by_lookup else (3, 20):
-        product = CompactProduct(task, TARGETS[target], by_lookup)
-        product.load(matrix.values, bias)
-        x, r = rng.standard_normal((70, n)).astype(np.float32), rng.standard_normal((21, n)).astype(np.float32)
-        got, want = np.zeros((2, 21, n), np.float32)
-        product.run(x, want, r, n)
-        key = (n, *x.strides, *got.strides, *r.strides)
-        frame = product.new_frame(key, 0)
-        weights = product.values[0].packed[0][0]
-        frame.point(address_of(x), address_of(got), address_of(r), address_of(weights))
-        arrays = {"x": x, "y": got, "r": r, "w": weights, "scratch": frame.scratch, "data": product.data,
-                  "counts": product.counts}  # fmt: skip
-        program: Program
-        if by_lookup:
-            window, unroll = product.window, (product.stream.data.size // sum(product.counts) - 1) // 16
-            form = lookup.Lookup(n, window, unroll, False)
-            program = lookup.generate(task, TARGETS[target], form)
-        else:
-            program = looped.generate(task, TARGETS[target], looped.Looped(product.stream.lanes, 2, False))
-        run(program, TARGETS[target].lanes, frame.slots, {name: memory_of(a) for name, a in arrays.items()})
+PROGRAMS = [
+    ("x86-avx512", "x86-avx512", True, 16), ("x86-avx512", "x86-avx512", False, 16),
+    ("x86-avx512", "x86-avx512-256", False, 8), ("x86-avx512", "x86-avx512-256", False, 4),
+    ("x86-avx2", "x86-avx2", False, 8), ("x86-avx2", "x86-avx2", False, 4),
+]  # fmt: skip
+programs = pytest.mark.parametrize(
+    ("needs", "target", "by_lookup", "width"), [pytest.param(*p, marks=pytest.mark.isa(p[0])) for p in PROGRAMS]
+)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@programs
+def test_programs_in_the_interpreter(
+    needs: str, target: str, by_lookup: bool, width: int, bf16: bool, rng: np.random.Generator
+) -> None:
+    """On exactly the bytes that a product has: one read or written beyond them is an error."""
+    for rows, cols in ((21, 70), (70, 66_000)):
+        matrix = uneven(rng, rows, cols, 0.2 if cols < 100 else 0.0004)
+        values = as_bf16(matrix.values) if bf16 else matrix.values
+        task = Task(matrix.pattern, True, "relu", residual="after")
+        bias = rng.standard_normal(rows).astype(np.float32)
+        for n in (1, 2) if by_lookup else (3, 20):
+            product = CompactProduct(task, named(target), by_lookup, width)
+            product.load(values, bias)
+            assert product.bf16 == bf16
+            assert same_bits(product.unpack(), values)
+            x, r = rng.standard_normal((cols, n)).astype(np.float32), rng.standard_normal((rows, n)).astype(np.float32)
+            got, want = np.zeros((2, rows, n), np.float32)
+            product.run(x, want, r, n)
+            assert not complaint(want, expected(SparseMatrix(matrix.pattern, values), x, bias, "relu", "after", r))
+            frame = product.new_frame((n, *x.strides, *got.strides, *r.strides), 0)
+            weights = product.values[0].packed[0][0]
+            frame.point(address_of(x), address_of(got), address_of(r), address_of(weights))
+            arrays = {"x": x, "y": got, "r": r, "w": weights, "scratch": frame.scratch, "data": product.data,
+                      "counts": product.counts}  # fmt: skip
+            form = product.form_of(n, bf16)
+            program: Program = (
+                lookup.generate(task, named(target), form)
+                if isinstance(form, lookup.Lookup)
+                else looped.generate(task, named(target), form)
+            )
+            memory = {name: memory_of(a) for name, a in arrays.items()}
+            run(program, named(target).lanes, frame.slots, memory, budget=10**7)
+            assert same_bits(got, want)
+
+
+def every_operation(lanes: int) -> tuple[Program, int]:
+    """What loops over few columns have of their own, from X by indices from W to Y; how many floats."""
+    b, at = Builder(), 0
+    b.emit("enter")
+    for register, slot in ((S.X, Slot.X), (S.Y, Slot.Y), (S.PANEL, Slot.W)):
+        b.emit("s_arg", d=register, disp=slot.byte)
+
+    def keep(register: int) -> None:
+        nonlocal at
+        b.emit("store", a=register, ptr=S.Y, disp=4 * at)
+        at += lanes
+
+    b.emit("load", d=0, ptr=S.X)
+    b.emit("bcast4", d=1, ptr=S.X, disp=16)
+    keep(1)
+    for selector in (0x00, 0x55, 0xAA, 0xFF, 0x1B, 0x9C):
+        b.emit("shuffle4", d=1, a=0, disp=selector)
+        keep(1)
+    b.emit("load_words", d=1, ptr=S.X, disp=6)
+    keep(1)
+    b.emit("s_load", d=S.K, ptr=S.PANEL)
+    for register in (S.PX, S.PX3, S.PX5):
+        b.emit("s_low16", d=register, a=S.K)
+        b.emit("s_shr", d=S.K, disp=16)
+    b.emit("mov", d=2, a=0)
+    b.emit("fma_at", d=2, a=1, b=S.PX3, ptr=S.X)
+    keep(2)
+    if lanes >= 8:
+        b.emit("load4_pair", d=1, a=S.K, b=S.PX5, ptr=S.X)
+        keep(1)
+        b.emit("load4_pair", d=1, a=S.PX, b=S.PX, ptr=S.X)
+        keep(1)
+    b.emit("leave")
+    return b.finish(), at
+
+
+@pytest.mark.parametrize(
+    ("needs", "target"),
+    [
+        pytest.param(*p, marks=pytest.mark.isa(p[0]))
+        for p in (("x86-avx512", "x86-avx512"), ("x86-avx512", "x86-avx512-256"), ("x86-avx2", "x86-avx2"))
+    ],
+)
+def test_operations_mean_what_the_processor_does(needs: str, target: str, rng: np.random.Generator) -> None:
+    lanes = named(target).lanes
+    program, size = every_operation(lanes)
+    x = rng.standard_normal(8 * lanes).astype(np.float32)
+    for _ in range(20):
+        indices = rng.integers(0, 3 * lanes + 1, 4).astype(np.uint16)
+        got, want = np.zeros((2, size), np.float32)
+        arrays = {"x": x, "y": want, "w": indices}
+        slots = np.array([address_of(x), address_of(want), 0, address_of(indices)], np.int64)
+        run(program, lanes, slots, {name: memory_of(a) for name, a in arrays.items()})
+        slots[1] = address_of(got)
+        executable = Executable(assemble(program, named(target).isa).code)
+        executable.call(address_of(slots))
         assert same_bits(got, want)
+
+
+# ---- values in 16 bits -----------------------------------------------------------------------------------------------
+
+
+def as_bf16(values: Array) -> Array:
+    """Finite values to the nearest with 8 significant bits, ties to even, worked out in float64."""
+    mantissa, exponent = np.frexp(values.astype(np.float64))
+    exponent = np.maximum(exponent, -125)  # subnormals have fewer bits
+    scale = np.ldexp(1.0, exponent - 8)
+    return (np.rint(values.astype(np.float64) / scale) * scale).astype(np.float32) + 0 * mantissa.astype(np.float32)
+
+
+def test_rounding_to_bf16(rng: np.random.Generator) -> None:
+    wild = rng.integers(0, 2**32, 20_000, dtype=np.uint32).view(np.float32)
+    ties = (rng.integers(0, 2**16, 2000, dtype=np.uint32) << np.uint32(16) | np.uint32(0x8000)).view(np.float32)
+    values = np.concatenate([wild, ties, np.float32([0.0, -0.0, 1.0, 3.0e38, 1e-45, -1e-40])])
+    values = values[np.isfinite(values) & (np.abs(values) < 3.38e38)]
+    got = bf16.rounded(values)
+    assert np.array_equal(got, as_bf16(values))
+    assert np.array_equal(np.signbit(got), np.signbit(values))
+    assert bf16.exact(got)
+    assert not bf16.exact(values)
+    assert same_bits(bf16.widened(bf16.narrowed(got)), got)
+    with np.errstate(all="ignore"):
+        assert np.isinf(bf16.rounded(np.float32([3.4e38]))).all()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@compiled
+def test_weights_that_are_exact_in_bf16_are_stored_so(
+    target: str, shape: tuple[int, int], rng: np.random.Generator
+) -> None:
+    for density in (0.05, 0.3, 1.0):
+        matrix = uneven(rng, *shape, density)
+        matrix = SparseMatrix(matrix.pattern, as_bf16(matrix.values))
+        bias = rng.standard_normal(shape[0]).astype(np.float32) if rng.random() < 0.5 else None
+        op = sparsert.compile_matmul(matrix, bias, "relu" if rng.random() < 0.5 else None, target=target)
+        small = sparsert.compile_matmul(matrix, bias, op._compiled.task.activation, target=target, max_code_bytes=7000)
+        x = rng.standard_normal((shape[1], 32)).astype(np.float32)
+        wide = op(x)
+        assert not complaint(wide, expected(matrix, x, bias, op._compiled.task.activation))
+        for n in range(1, 18):
+            assert same_bits(op(np.ascontiguousarray(x[:, :n])), wide[:, :n])
+            assert same_bits(small(np.ascontiguousarray(x[:, :n])), wide[:, :n])
+            form = own(op, n)
+            assert form is None or form.bf16
+        assert "16 bits" in op.explain()
+
+
+@compiled
+def test_rows_in_pieces_with_values_in_16_bits(target: str, rng: np.random.Generator) -> None:
+    dense = as_bf16(dense_matrix(rng, 20, 3 * FOLD_TAPS, 0.02))
+    dense[3] = 1.0
+    x = (0.01 * rng.standard_normal((3 * FOLD_TAPS, 16))).astype(np.float32)
+    op = sparsert.compile_matmul(dense, target=target)
+    wide = op(x)
+    for n in (1, 2, 3, 8, 9):
+        assert same_bits(op(np.ascontiguousarray(x[:, :n])), wide[:, :n])
+
+
+@compiled
+def test_a_refit_decides_anew_how_values_are_stored(target: str, rng: np.random.Generator) -> None:
+    first = uneven(rng, 61, 160, 0.3)
+    pattern = first.pattern
+    exact, other = (SparseMatrix(pattern, v) for v in (as_bf16(first.values), first.values * np.float32(1.1)))
+    x = rng.standard_normal((160, 20)).astype(np.float32)
+    sizes = (1, 2, 3, 4, 7, 20)
+    for budget in (None, 7000):
+        op = sparsert.compile_matmul(exact, target=target, max_code_bytes=budget)
+        bounds = [op.bind(np.ascontiguousarray(x[:, :n])) for n in sizes]
+        for weight in (other, exact, other):
+            op.refit(weight)
+            want = sparsert.compile_matmul(weight, target=target)(x)
+            for n, bound in zip(sizes, bounds, strict=True):
+                assert same_bits(bound(), want[:, :n])
+                assert same_bits(op(np.ascontiguousarray(x[:, :n])), want[:, :n])
+            form = own(op, 1)
+            assert form is not None
+            assert form.bf16 == (weight is exact)
+            assert ("16 bits" in op.explain()) == (weight is exact)
+
+
+@pytest.mark.parametrize("target", [*COMPILED, "reference"])
+def test_storage_rounds_the_weights_for_any_number_of_columns(target: str, rng: np.random.Generator) -> None:
+    matrix = uneven(rng, 45, 90, 0.3)
+    rounded = SparseMatrix(matrix.pattern, as_bf16(matrix.values))
+    bias = rng.standard_normal(45).astype(np.float32)
+    x = rng.standard_normal((90, 40)).astype(np.float32)
+    for options in ({}, {"form": "dense"}, {"max_code_bytes": 7000}):
+        if target == "reference" and options:
+            continue
+        op = sparsert.compile_matmul(matrix, bias, target=target, storage="bf16", **options)
+        linear = sparsert.compile_linear(matrix, bias, target=target, storage="bf16", **options)
+        assert "bf16" in op.explain()
+        for new in (None, rng.standard_normal(matrix.values.size).astype(np.float32)):
+            if new is not None:
+                rounded = SparseMatrix(matrix.pattern, as_bf16(new))
+                for one in (op, linear):
+                    one.refit(SparseMatrix(matrix.pattern, new))
+            for n in (1, 2, 4, 8, 40):
+                want = expected(rounded, x[:, :n], bias)
+                assert not complaint(op(np.ascontiguousarray(x[:, :n])), want)
+                assert not complaint(linear(np.ascontiguousarray(x[:, :n].T)).T, want)
+        rounded = SparseMatrix(matrix.pattern, as_bf16(matrix.values))
+
+
+def test_storages_there_are_not_and_values_that_overflow() -> None:
+    weight = np.eye(4, dtype=np.float32)
+    for storage in ("f16", "BF16", 16, ["bf16"]):
+        with pytest.raises(UnsupportedError, match="storage"):
+            sparsert.compile_matmul(weight, storage=storage, target="reference")  # type: ignore[arg-type]
+    op = sparsert.compile_linear(weight, storage="bf16", target="reference")
+    weight[1, 1] = 3.4e38  # above the largest bfloat16 by more than half a step
+    with pytest.raises(ValueRangeError, match="infinite"):
+        sparsert.compile_linear(weight, storage="bf16", target="reference")
+    with pytest.raises(ValueRangeError, match="infinite"):
+        op.refit(weight)
+
+
+@pytest.mark.parametrize("cols", [(1 << 13) - 1, 1 << 13, (1 << 14) - 1, 1 << 14, (1 << 15) - 1, 1 << 15])
+@compiled
+def test_numbers_of_columns_where_indices_grow(target: str, cols: int, rng: np.random.Generator) -> None:
+    """Eights of bytes in 16 bits reach so many rows of x of 16, 8 and 4 columns; zeros lie behind the last one."""
+    weight = np.zeros((21, cols), np.float32)
+    weight[rng.integers(0, 21, 60), rng.integers(0, cols, 60)] = 1.1
+    weight[:2, cols - 1] = 2.1
+    op = sparsert.compile_matmul(weight, target=target)
+    small = sparsert.compile_matmul(weight, target=target, max_code_bytes=op.stats.code_bytes - 1)
+    x = rng.standard_normal((cols, 16)).astype(np.float32)
+    wide = op(x)
+    assert not complaint(wide, expected(as_sparse(weight), x))
+    for n in (1, 2, 4, 8, 16):
+        assert same_bits(op(np.ascontiguousarray(x[:, :n])), wide[:, :n])
+        assert same_bits(small(np.ascontiguousarray(x[:, :n])), wide[:, :n])

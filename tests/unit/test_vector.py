@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from sparsert.codegen import interpreter
 from sparsert.codegen.vector import COLUMNS, OP, OPS, PITCH_OF, Builder, S, check
-from sparsert.codegen.x86.encoder import EVEX512, VEX256
+from sparsert.codegen.x86.encoder import EVEX256, EVEX512, VEX256
 from sparsert.codegen.x86.lower import GPR, RECIPES
 from sparsert.errors import InternalError
 
@@ -32,7 +32,7 @@ def test_the_vocabulary_is_numbered_and_named_once() -> None:
         "load", "store", "bcast", "fma_bcast", "mul_bcast", "load4", "insert4", "store4", "set_mask", "load_mask",
         "store_mask", "prefetch", "prefetch_near", "load_bytes", "expand", "s_load", "s_load32", "s_store32",
         "s_at8", "s_at16", "s_at32", "s_store", "s_exchange", "s_fetch_add", "s_replace", "mask_from", "load_by_mask",
-        "mask_bits", "store_by_mask", "bcast_by_mask",
+        "mask_bits", "store_by_mask", "bcast_by_mask", "bcast4", "load_words", "fma_at", "load4_pair",
     }  # fmt: skip
     assert all(set(op.form) <= set("dabmi") and len(set(op.form)) == len(op.form) for op in OPS)
 
@@ -40,10 +40,10 @@ def test_the_vocabulary_is_numbered_and_named_once() -> None:
 def test_each_encoding_has_a_recipe_for_what_kernels_may_emit_there() -> None:
     everything = {op.name for op in OPS}
     everything -= {"fma_lane", "mul_lane"}  # elements of registers: nothing on x86 multiplies by one
-    assert set(RECIPES[EVEX512]) == everything
+    assert set(RECIPES[EVEX512]) == set(RECIPES[EVEX256]) == everything
     assert set(RECIPES[VEX256]) == everything - WITH_MASKS - {
         "fma_bcast", "mul_bcast",  # AVX2 broadcasts in an instruction of its own, has no mask registers,
-        "sign_mask", "expand", "lookup2", "fma_mask", "s_skip",  # and sums few columns without lookups
+        "expand_lanes", "s_skip2", "sign_mask", "expand", "lookup2", "fma_mask", "s_skip",  # and takes no lookups
     }  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from .x86 import assemble as x86
 
 _BY_ISA: dict[str, ModuleType] = {"x86-avx512": x86, "x86-avx2": x86, "aarch64-neon": arm64}
 ISAS = tuple(_BY_ISA)
+_BY_ISA |= {"x86-avx512-256": x86}  # the same instructions on shorter vectors
 
 
 def assemble(program: Program, isa: str) -> CodeObject:

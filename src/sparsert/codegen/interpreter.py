@@ -323,6 +323,40 @@ def _fma_mask(m: Machine, r: Row) -> None:
     m.vector[r.d] = np.where(_selected(m), fused(m.lane(r.a), m.lane(r.b), d), d)
 
 
+def _load_words(m: Machine, r: Row) -> None:
+    m.vector[r.d] = _floats(m.bytes(m.address(r), 2 * m.lanes).copy().view("<u2").astype(np.uint32))
+
+
+def _expand_lanes(m: Machine, r: Row) -> None:
+    mask, a = _selected(m), m.lane(r.a)
+    d = np.zeros(m.lanes, np.float32)
+    d[mask] = a[: int(mask.sum())]
+    m.vector[r.d] = d
+
+
+def _bcast4(m: Machine, r: Row) -> None:
+    m.vector[r.d] = np.tile(m.read(r, 4), m.lanes // 4)
+
+
+def _shuffle4(m: Machine, r: Row) -> None:
+    lanes = np.arange(m.lanes)
+    m.vector[r.d] = m.lane(r.a)[lanes & ~3 | r.disp >> 2 * (lanes & 3) & 3]
+
+
+def _indexed(m: Machine, r: Row, index: int, lanes: int) -> Lanes:
+    return m.bytes(m.address(r) + 8 * m.get(index) & _WORD, 4 * lanes).copy().view(np.float32)
+
+
+def _fma_at(m: Machine, r: Row) -> None:
+    m.vector[r.d] = fused(m.lane(r.a), _indexed(m, r, r.b, m.lanes), m.lane(r.d))
+
+
+def _load4_pair(m: Machine, r: Row) -> None:
+    d = np.zeros(m.lanes, np.float32)
+    d[:4], d[4:8] = _indexed(m, r, r.a, 4), _indexed(m, r, r.b, 4)
+    m.vector[r.d] = d
+
+
 def _unsigned(m: Machine, r: Row, size: int) -> int:
     return int.from_bytes(m.bytes(m.address(r), size).tobytes(), "little")
 
@@ -337,8 +371,8 @@ def _at(m: Machine, r: Row, size: int) -> None:
         m.scalar.pop(S.TMP, None)
 
 
-def _skip(m: Machine, r: Row) -> None:
-    m.put(r.d, m.get(r.d) + 4 * int(_selected(m).sum()))
+def _skip(m: Machine, r: Row, size: int = 4) -> None:
+    m.put(r.d, m.get(r.d) + size * int(_selected(m).sum()))
     m.scalar.pop(S.TMP, None)
 
 
@@ -499,6 +533,15 @@ EFFECTS: dict[str, Callable[[Machine, Row], None]] = {
     "s_at16": lambda m, r: _at(m, r, 2),
     "s_at32": lambda m, r: _at(m, r, 4),
     "s_skip": _skip,  # past as many floats as the mask selects lanes; may use TMP
+    "bcast4": _bcast4,  # four floats to every four lanes
+    "shuffle4": _shuffle4,  # within every four lanes: lane i from the one that two bits of the immediate name
+    "load_words": _load_words,  # as many numbers of 16 bits as there are lanes, zeros above them
+    "expand_lanes": _expand_lanes,  # the first lanes of a to the lanes that the mask selects, zeros to the others
+    "fma_at": _fma_at,  # d + a * the vector in memory, 8 b further on; b is a scalar register
+    "load4_pair": _load4_pair,  # four floats 8 a further on, then four 8 b further on, zeros; both scalar registers
+    "s_skip2": lambda m, r: _skip(m, r, 2),  # past as many numbers of 16 bits as the mask selects lanes; may use TMP
+    "s_low16": lambda m, r: m.put(r.d, m.get(r.a) & 0xFFFF),
+    "s_shr": lambda m, r: m.put(r.d, m.get(r.d) >> r.disp),
     "s_load": lambda m, r: m.put(r.d, int(_word(m, r)[0])),
     "s_store": _s_store,
     "s_exchange": _s_exchange,  # the register and the word swap what they hold

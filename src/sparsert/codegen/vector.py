@@ -105,7 +105,14 @@ def _table() -> tuple[Op, ...]:
         "s_load": "dm", "s_store": "am", "s_exchange": "dm", "s_fetch_add": "dm", "s_replace": "dbm", "s_pause": "",
         "jump_equal": "abi", "jump_differs": "abi", "jump_less": "abi", "invoke": "a",
     }  # fmt: skip
-    groups = ((vector, False), (scalar, True), (shared, True))
+    # Few columns: patterns as data (design note 0014). Indices count eights of bytes; they stand in scalar registers,
+    # those of fma_at and load4_pair too.
+    few = {
+        "bcast4": "dm", "shuffle4": "dai", "load_words": "dm", "expand_lanes": "da", "fma_at": "dabm",
+        "load4_pair": "dabm",
+    }  # fmt: skip
+    few_scalar = {"s_skip2": "d", "s_low16": "da", "s_shr": "di"}
+    groups = ((vector, False), (scalar, True), (shared, True), (few, False), (few_scalar, True))
     return tuple(Op(name, form, kind) for group, kind in groups for name, form in group.items())
 
 

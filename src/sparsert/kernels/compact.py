@@ -114,8 +114,11 @@ class Copy:
 
         self._rows(element)
 
-    def tile(self, target: Target, stride: Slot, whole: Slot) -> None:
-        """A tile, a vector per row in the panel. Rows of ``whole`` columns lie back to back, vectors of the array."""
+    def tile(self, width: int, target: Target, stride: Slot, whole: Slot) -> None:
+        """A tile of ``width`` columns, all of a vector's lanes or four: rows back to back in the panel.
+
+        Rows of ``whole`` columns lie back to back in the array.
+        """
         b, scalar, done = self.b, self.b.label(), self.b.label()
         b.emit("s_arg", d=S.K, disp=Slot.HERE.byte)
         b.emit("s_arg", d=S.PX, disp=whole.byte)
@@ -127,9 +130,10 @@ class Copy:
 
         def vector() -> None:
             source, sink = (S.K, S.W) if self.inward else (S.W, S.K)
-            b.emit("load", d=0, ptr=source)
-            b.emit("store", a=0, ptr=sink)
-            b.emit("s_addi", d=S.W, disp=target.tile_bytes)
+            load, store = ("load", "store") if width == target.lanes else ("load4", "store4")
+            b.emit(load, d=0, ptr=source)
+            b.emit(store, a=0, ptr=sink)
+            b.emit("s_addi", d=S.W, disp=4 * width)
 
         def elements() -> None:
             b.emit("s_arg", d=S.PX, disp=Slot.HERE.byte)
@@ -140,7 +144,7 @@ class Copy:
             b.emit("s_add", d=S.K, a=S.PY)
             b.emit("s_addi", d=S.Y, disp=4)
             b.emit("loop", a=S.PX, disp=top)
-            b.emit("s_addi", d=S.W, disp=target.tile_bytes)
+            b.emit("s_addi", d=S.W, disp=4 * width)
 
         b.emit("s_arg", d=S.PY, disp=stride.byte)
         self._rows(vector)

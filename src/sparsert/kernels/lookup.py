@@ -21,6 +21,9 @@ from .compact import Copy, Slot, count_down, finish, set_slot, trips
 _MINUS_ZERO = 0x80000000  # begins a sum: adding to it changes no bit
 _AHEAD = ((S.K, 4096), (S.K, 4160), (S.PANEL, 2048))  # what is prefetched of values and pattern, in bytes ahead
 
+_AHEAD_BF16 = ((S.K, 4096), (S.PANEL, 2048))
+OVER_READ = 32  # bytes behind the values in 16 bits: a step loads as many as there are lanes, whatever it has
+
 
 @dataclass(frozen=True)
 class Lookup:
@@ -31,12 +34,14 @@ class Lookup:
         window: columns of x within reach of a step, 2 or 4 registers.
         unroll: steps per move of the window.
         folds: rows are summed in pieces.
+        bf16: values are stored in 16 bits.
     """
 
     columns: int
     window: int
     unroll: int
     folds: bool
+    bf16: bool = False
 
 
 def generate(task: Task, target: Target, form: Lookup) -> Program:
@@ -109,7 +114,7 @@ def _steps(b: Builder, form: Lookup, registers: int, target: Target) -> None:
     b.place(top)
     block = target.tile_bytes.bit_length() - 1
     b.emit("s_at8", d=S.X, a=S.X, b=block, ptr=S.PANEL)
-    for pointer, distance in _AHEAD:
+    for pointer, distance in _AHEAD_BF16 if form.bf16 else _AHEAD:
         b.emit("prefetch_near", ptr=pointer, disp=distance)
     for column in range(n):
         for i in range(registers):
@@ -117,8 +122,14 @@ def _steps(b: Builder, form: Lookup, registers: int, target: Target) -> None:
     for step in range(form.unroll):
         b.emit("load_bytes", d=index, ptr=S.PANEL, disp=1 + step * target.lanes)
         b.emit("sign_mask", a=index)
-        b.emit("expand", d=value, ptr=S.K)
-        b.emit("s_skip", d=S.K)
+        if form.bf16:
+            b.emit("load_words", d=value, ptr=S.K)
+            b.emit("shl", d=value, a=value, disp=16)
+            b.emit("expand_lanes", d=value, a=value)
+            b.emit("s_skip2", d=S.K)
+        else:
+            b.emit("expand", d=value, ptr=S.K)
+            b.emit("s_skip", d=S.K)
         for column in range(n):
             x = held[column].tolist()
             b.emit("mov", d=found, a=index)

@@ -8,13 +8,15 @@ import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..codegen.assemble import assemble, listing
 from ..codegen.vector import Program
 from ..kernels import lookup, looped
-from ..kernels.compact import SLOTS, Slot
+from ..kernels.compact import Slot
 from ..kernels.lookup import Lookup
 from ..kernels.looped import Looped
 from ..kernels.plan import fold_width
@@ -22,12 +24,15 @@ from ..runtime.cpu import Executable, address_of
 from ..runtime.memory import aligned_empty
 from ..schedule import cost
 from ..schedule.task import Task
+from ..sparsity.partition import balanced
 from ..sparsity.pattern import Pattern
 from ..sparsity.streams import Stream, lockstep, wide_bytes, windows
-from ..target import TARGETS, Target
+from ..target import Target, named
 from .arrays import Array
-from .native import Binding, Framed, Loaded
-from .team import Solo
+from .bf16 import exact, narrowed, widened
+from .compact_call import STORAGE, CompactFrame, CompactTeam
+from .native import Binding, Crew, Framed, Loaded
+from .team import Call
 
 _NOTHING = Pattern(0, 0, np.zeros(1, np.int64), np.zeros(0, np.int32))
 
@@ -35,52 +40,87 @@ _NOTHING = Pattern(0, 0, np.zeros(1, np.int64), np.zeros(0, np.int32))
 class CompactProduct(Framed):
     """A pattern as data and the code that loops over it, which all layers with the same epilogue share.
 
+    Values that are all exact in bf16 are stored so, in half of the bytes; results are the same.
+
     Args:
         task: of arrays with any strides; a tile-major task has whole tiles.
-        lookup: by register lookups, for one or two columns.
+        by_lookup: by register lookups, for one or two columns.
+        width: columns of a tile otherwise, 4 or the target's lanes, which it is if 0.
     """
 
-    def __init__(self, task: Task, target: Target, by_lookup: bool) -> None:
+    def __init__(self, task: Task, target: Target, by_lookup: bool, width: int = 0) -> None:
         self.task, self.target, self.by_lookup = task, target, by_lookup
+        self.width = width or target.lanes
         pattern = task.pattern
         self.narrowest, self.fold = 1, _fold(pattern)
+        self.crew: Crew | None = None
         if by_lookup:
             self.window, unroll = cost.window(task, target)
             self.stream: Stream = windows(pattern, target.lanes, self.window, unroll, self.fold)
             self.form: Lookup | Looped = Lookup(1, self.window, unroll, self.stream.folds > 1)
         else:
-            self.form = _looped(task, target)
-            self.stream = lockstep(pattern, self.form.rows, self.fold)
+            self.form = _looped(task, target, self.width)
+            self.stream = lockstep(pattern, self.form.rows, self.fold, looped.index_unit(target, self.width))
         super().__init__(1, False)
         self.data, self.counts = aligned_empty(max(1, self.stream.data.size), np.uint8), self.stream.counts
         self.data[: self.stream.data.size] = self.stream.data
 
     @property
     def code_bytes(self) -> int:
-        return len(_bytes(_stripped(self.task), self.target.name, self.form))
+        return len(_bytes(_stripped(self.task), self.target.name, self.form_of(1, self.bf16)))
+
+    @property
+    def bf16(self) -> bool:
+        """Whether the values loaded last are stored in 16 bits."""
+        return bool(self.values[0].addresses[STORAGE][0])
+
+    def form_of(self, columns: int, bf16: bool) -> Lookup | Looped:
+        """The form that a call takes."""
+        if isinstance(self.form, Lookup):
+            return replace(self.form, columns=columns, bf16=bf16)
+        return replace(self.form, bf16=bf16)
 
     def listing(self) -> str:
         """The code as text."""
-        return listing(_program(_stripped(self.task), self.target, self.form), self.target.isa)
+        return listing(_program(_stripped(self.task), self.target, self.form_of(1, self.bf16)), self.target.isa)
 
     def load(self, values: Array, bias: Array | None) -> None:
         """Pack new values; calls under way keep the ones they started with."""
-        s = self.stream
-        starts = s.bundles * s.lanes
-        packed = aligned_empty(max(1, starts + s.source.size))
+        s, positions = self.stream, self.stream.bundles * self.stream.lanes
         # A sum without a bias begins with its first product: -0 added to that is the product itself.
-        packed[:starts] = np.where(s.begins, np.float32(-0.0), np.float32(0))
+        starts = np.where(s.begins, np.float32(-0.0), np.float32(0))
         if bias is not None:
-            packed[: s.order.size] = bias[s.order]
-        packed[starts:] = np.append(values, np.float32(-0.0))[s.source]
-        self.values[0] = Loaded({0: (packed,)}, {0: (address_of(packed),)})
+            starts[: s.order.size] = bias[s.order]
+        bf16 = stored_as_bf16(self.target, values)
+        size, place = self._places(bf16)
+        packed = aligned_empty(positions + (-(-size // 2) if bf16 else size))
+        packed[positions:] = 0
+        if isinstance(self.form, Looped):
+            starts = starts.reshape(-1, s.lanes)[:, np.argsort(looped.value_places(self.target, self.form)[0])]
+        packed[:positions] = starts.reshape(-1)
+        taken = np.append(values, np.float32(-0.0))[s.source]
+        if bf16:
+            packed[positions:].view(np.uint16)[place] = narrowed(taken)
+        else:
+            packed[positions:][place] = taken
+        self.values[0] = Loaded({0: (packed,)}, {0: (address_of(packed),), STORAGE: (int(bf16),)})
+
+    def _places(self, bf16: bool) -> tuple[int, NDArray[np.int64]]:
+        """How many elements the packed values have, and where the one of each place of the stream stands."""
+        n = self.stream.source.size
+        if not isinstance(self.form, Looped):
+            return n + (lookup.OVER_READ // 2 if bf16 else 0), np.arange(n)
+        places, size = looped.value_places(self.target, replace(self.form, bf16=bf16))
+        steps = n // self.form.rows
+        return steps * size, (np.arange(steps)[:, None] * size + places).reshape(-1)
 
     def unpack(self) -> Array:
         """The values of the pattern (CSR order) that :meth:`load` was given last."""
-        s, packed = self.stream, self.values[0].packed[0][0]
+        s, packed, bf16 = self.stream, self.values[0].packed[0][0], self.bf16
         values = np.empty(self.task.pattern.nnz, np.float32)
-        real = s.source >= 0
-        values[s.source[real]] = packed[s.bundles * s.lanes :][: s.source.size][real]
+        stored, real = packed[s.bundles * s.lanes :], s.source >= 0
+        place = self._places(bf16)[1][real]
+        values[s.source[real]] = widened(stored.view(np.uint16)[place]) if bf16 else stored[place]
         return values
 
     def bind(self, x: Array, y: Array, r: Array | None, columns: int) -> Binding:
@@ -89,46 +129,75 @@ class CompactProduct(Framed):
         binding = self._bindings.get(key)
         return Binding(self, key) if binding is None else binding
 
-    def _code(self, columns: int) -> Executable:
-        form = replace(self.form, columns=columns) if isinstance(self.form, Lookup) else self.form
-        return _executable(_stripped(self.task), self.target.name, form)
+    def _code(self, columns: int) -> Callable[[bool], Executable]:
+        """What makes the code for values in 32 bits or in 16; frames keep it, and no product by it."""
+        stripped, name = _stripped(self.task), self.target.name
+        forms = [self.form_of(columns, bf16) for bf16 in (False, True)]
+        return lambda bf16: _executable(stripped, name, forms[bf16])
 
-    def new_frame(self, key: tuple[int, ...], offset: int) -> Solo:
-        """An argument block for arrays of these strides: lists of where their rows begin, and panels."""
+    def new_frame(self, key: tuple[int, ...], offset: int) -> Call:
+        """An argument block for arrays of these strides: lists of where their rows begin, and panels; or several."""
+        cuts = self._cuts(key[0])
+        frames = [self._frame(key, first, last) for first, last in pairwise(cuts)]
+        return frames[0] if self.crew is None or len(frames) < 2 else CompactTeam(self.crew.pool(), frames)
+
+    def _cuts(self, columns: int) -> list[int]:
+        """Offsets that cut the bundles into ranges of nearly equal work, one per thread that there is enough for."""
+        s, parts = self.stream, 1
+        if self.crew is not None and s.bundles:
+            work = self.task.pattern.nnz * -(-columns // self.width)
+            parts = max(1, min(self.crew.threads, work // cost.LEAST_SHARE, s.bundles))
+            if parts > 1 and not self.crew.pool().ensure(parts - 1):
+                parts = min(parts, self.crew.pool().workers + 1)
+        return np.unique(balanced(self._trips, parts)).tolist() if parts > 1 else [0, s.bundles]
+
+    @property
+    def _trips(self) -> NDArray[np.int64]:
+        """Of each bundle."""
+        trips: NDArray[np.int64] = self.stream.counts.reshape(-1, self.stream.folds).sum(axis=1, dtype=np.int64)
+        return trips
+
+    def _frame(self, key: tuple[int, ...], first: int, last: int) -> CompactFrame:
+        """An argument block for bundles ``first`` to ``last``."""
         columns, strides = key[0], np.array(key[1:]).reshape(3, -1)
-        lanes, s = self.target.lanes, self.stream
-        m, k = self.task.pattern.shape
-        positions = s.bundles * s.lanes
+        lanes, width, s = self.target.lanes, self.width, self.stream
+        k = self.task.pattern.cols
+        positions, before = (last - first) * s.lanes, first * s.lanes
+        order = s.order[before : before + positions]
         if strides.shape[1] == 3:  # tiles
             tile, row, column = strides.T.tolist()
         else:
             row, column = (strides.T if self.task.layout != "transposed" else strides.T[::-1]).tolist()
-            tile = [lanes * step for step in column]
+            tile = [width * step for step in column]
         if self.by_lookup:
             pitch = -(-k // lanes) * lanes + self.window
             panel, y_panel = columns * pitch, columns * positions
             sums = columns * lanes if s.folds > 1 else 0
         else:
             pitch = 0
-            panel, y_panel = (k + 1) * lanes, positions * lanes
-            sums = s.lanes * lanes if s.folds > 1 else 0
-        lists = [np.arange(k) * row[0], s.order * row[1], s.order * row[2] if self.task.residual else s.order[:0]]
+            panel, y_panel = (k + 1) * width, positions * width
+            sums = s.lanes * width if s.folds > 1 else 0
+        lists = [np.arange(k) * row[0], order * row[1], order * row[2] if self.task.residual else order[:0]]
         sizes = [-(-n // 16) * 16 for n in (panel, y_panel, sums, *(2 * part.size for part in lists))]
-        frame = Solo(SLOTS, sum(sizes))
-        frame.call = self._code(columns).call
+        trips = int(self._trips[:first].sum())
+        behind = 4 * (s.bundles * s.lanes - before)
+        values = behind + self._values_before(first, trips, False), behind + self._values_before(first, trips, True)
+        frame = CompactFrame(sum(sizes), self._code(columns), 4 * before, values)
         frame.scratch[:] = 0
         starts = np.concatenate([[0], np.cumsum(sizes)])
         at = address_of(frame.scratch) + 4 * starts
         for part, start in zip(lists, starts[3:], strict=False):
             frame.scratch[start : start + 2 * part.size].view(np.int64)[:] = part
-        whole = [lanes if step == 4 else -1 for step in column]
+        whole = [width if step == 4 else -1 for step in column]
+        trip_bytes = self.stream.data.size // max(1, int(self._trips.sum()))
         slots = {
-            Slot.VALUES: 4 * positions, Slot.STREAM: address_of(self.data), Slot.COUNTS: address_of(self.counts),
-            Slot.BUNDLES: s.bundles, Slot.FOLDS: s.folds - 1, Slot.X_ENTRIES: k, Slot.X_OFFSETS: at[3],
-            Slot.X_COLUMN: column[0], Slot.X_WHOLE: whole[0], Slot.Y_ENTRIES: m, Slot.Y_OFFSETS: at[4],
+            Slot.VALUES: values[self.bf16], Slot.STREAM: address_of(self.data) + trips * trip_bytes,
+            Slot.COUNTS: address_of(self.counts) + 4 * first * s.folds, Slot.BUNDLES: last - first,
+            Slot.FOLDS: s.folds - 1, Slot.X_ENTRIES: k, Slot.X_OFFSETS: at[3],
+            Slot.X_COLUMN: column[0], Slot.X_WHOLE: whole[0], Slot.Y_ENTRIES: order.size, Slot.Y_OFFSETS: at[4],
             Slot.Y_COLUMN: column[1], Slot.Y_WHOLE: whole[1], Slot.R_OFFSETS: at[5], Slot.R_COLUMN: column[2],
             Slot.R_WHOLE: whole[2], Slot.X_TILE: tile[0], Slot.Y_TILE: tile[1], Slot.R_TILE: tile[2],
-            Slot.COLUMNS: columns, Slot.LANES: lanes, Slot.PANEL: at[0], Slot.PITCH: 4 * pitch,
+            Slot.COLUMNS: columns, Slot.LANES: width, Slot.PANEL: at[0], Slot.PITCH: 4 * pitch,
             Slot.PITCH3: 12 * pitch, Slot.PITCH5: 20 * pitch, Slot.PITCH7: 28 * pitch, Slot.Y_PANEL: at[1],
             Slot.Y_PITCH: 4 * positions, Slot.SUMS: at[2],
         }  # fmt: skip
@@ -136,13 +205,28 @@ class CompactProduct(Framed):
             frame.slots[slot] = value
         return frame
 
+    def _values_before(self, bundle: int, trips: int, bf16: bool) -> int:
+        """Bytes of packed values of the bundles, and their trips, before ``bundle``."""
+        size = 2 if bf16 else 4
+        if isinstance(self.form, Looped):
+            return size * trips * looped.value_places(self.target, replace(self.form, bf16=bf16))[1]
+        return size * int(self.task.pattern.row_counts[self.stream.order[: bundle * self.stream.lanes]].sum())
+
+    def threads_note(self) -> str:
+        """How many threads calls may use, in words."""
+        if self.crew is None:
+            return "1, as asked for, or all that this system has"
+        return f"up to {self.crew.threads}, in ranges of rows with equal work"
+
 
 class SmallProducts:
     """The products for few columns beside an operator's own, made when they are first needed."""
 
-    def __init__(self, task: Task, target: Target, current: Callable[[], tuple[Array, Array | None]]) -> None:
-        self.task, self.target, self._current = task, target, current
-        self._made: dict[tuple[str, bool], CompactProduct] = {}
+    def __init__(
+        self, task: Task, target: Target, current: Callable[[], tuple[Array, Array | None]], crew: Crew | None = None
+    ) -> None:
+        self.task, self.target, self._current, self._crew = task, target, current, crew
+        self._made: dict[cost.FewColumns, CompactProduct] = {}
         self._lock = threading.Lock()
         _LOCKED.add(self)
 
@@ -151,17 +235,21 @@ class SmallProducts:
         kind = cost.few_columns(self.task, self.target, columns)
         if kind is None:
             return None
-        target = TARGETS[kind.target]
-        key = kind.target, kind.by_lookup
-        made = self._made.get(key)
+        made = self._made.get(kind)
         if made is None:
             with self._lock:
-                made = self._made.get(key)
+                made = self._made.get(kind)
                 if made is None:
-                    made = CompactProduct(self.task, target, kind.by_lookup)
+                    made = CompactProduct(self.task, named(kind.target), kind.by_lookup, kind.width)
                     made.load(*self._current())
-                    self._made[key] = made
+                    made.crew = self._crew
+                    self._made[kind] = made
         return made
+
+    @property
+    def bf16(self) -> bool:
+        """Whether values are stored in 16 bits."""
+        return stored_as_bf16(self.target, self._current()[0])
 
     def reload(self, load: Callable[[], None]) -> None:
         """``load`` new values into the operator's own product, then into these."""
@@ -187,18 +275,24 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
+def stored_as_bf16(target: Target, values: Array) -> bool:
+    """Whether these products keep ``values`` in 16 bits: where no bit is lost."""
+    return target.indexed and exact(values)
+
+
 def _fold(pattern: Pattern) -> int:
     return fold_width(int(pattern.row_counts.max(initial=0)), pattern.cols)
 
 
-def _looped(task: Task, target: Target) -> Looped:
+def _looped(task: Task, target: Target, width: int) -> Looped:
     pattern = task.pattern
-    return Looped(looped.rows_per_bundle(task, target), wide_bytes(pattern), _fold(pattern) > 0)
+    index_bytes = wide_bytes(pattern, looped.index_unit(target, width))
+    return Looped(looped.rows_per_bundle(task, target, width), index_bytes, _fold(pattern) > 0, width)
 
 
 def looped_code_bytes(task: Task, target: Target) -> int:
     """Code of a product that loops over the pattern."""
-    return len(_bytes(_stripped(task), target.name, _looped(task, target)))
+    return len(_bytes(_stripped(task), target.name, _looped(task, target, target.lanes)))
 
 
 def _stripped(task: Task) -> Task:
@@ -212,7 +306,7 @@ def _program(task: Task, target: Target, form: Lookup | Looped) -> Program:
 
 @lru_cache(128)
 def _bytes(task: Task, target: str, form: Lookup | Looped) -> bytes:
-    return assemble(_program(task, TARGETS[target], form), TARGETS[target].isa).code
+    return assemble(_program(task, named(target), form), named(target).isa).code
 
 
 @lru_cache(128)

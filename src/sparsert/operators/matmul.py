@@ -28,6 +28,7 @@ from .arrays import (
     require_shape,
     same_view,
 )  # fmt: skip
+from .bf16 import rounded
 from .compact import CompactProduct, SmallProducts
 
 _SIGNATURES = 64
@@ -108,6 +109,12 @@ class Compiled:
     list_code: Callable[[], str]
     threads_note: Callable[[], str]
     small: SmallProducts | None = None
+    storage: str | None = None
+
+
+def stored(values: Array, storage: str | None) -> Array:
+    """Weights as an operator with this ``storage`` takes them."""
+    return rounded(values) if storage == "bf16" else values
 
 
 class Uncopied:
@@ -190,11 +197,12 @@ class _Operator(Uncopied, ABC):
 
         Raises:
             PatternMismatchError: a nonzero lies outside the pattern; the operator is unchanged.
-            ValueRangeError: a value is not finite. ShapeError, DTypeError, FormatError: as at compile time.
+            ValueRangeError: a value is not finite (rounded, with ``storage``).
+            ShapeError, DTypeError, FormatError: as at compile time.
         """
         from ..sparsity.pattern import require_finite
 
-        values = self._pattern.values_of(new_weight, "new_weight")
+        values = stored(self._pattern.values_of(new_weight, "new_weight"), self._compiled.storage)
         require_finite(values, "new_weight")
         product, small = self._compiled.product, self._compiled.small
         if small is None:
@@ -230,7 +238,10 @@ class _Operator(Uncopied, ABC):
         elif c.reason:
             lines += [f"looped    {c.reason}", f"code      {s.code_bytes} bytes, for all layers with this epilogue"]
         if c.small is not None and (few := few_columns_reason(t, c.target)):
-            lines.append(f"few       {few}")
+            size = "16 bits, all are exact in bf16" if c.small.bf16 else "32 bits"
+            lines.append(f"few       {few}; values in {size}")
+        if c.storage:
+            lines.append(f"storage   weights are rounded to {c.storage}, for any number of columns")
         lines += [f"threads   {c.threads_note()}", f"compiled  in {1e3 * s.compile_seconds:.1f} ms"]
         return "\n".join(lines)
 

@@ -199,16 +199,17 @@ def reason(task: Task, target: Target, schedule: Schedule) -> str:
 # ---- few columns (design note 0014) ---------------------------------------------------------------------------------
 
 _LOOKUP_COLUMNS = 2  # so many go by lookups: a lookup per column and step, where the loop pays for a vector anyway
-_NARROW = "x86-avx2"  # half as wide vectors do for so few columns
+_HALF_COLUMNS = 4  # so many take half of the shortest vectors, and rows go in pairs
 _FAR_CODE = 4  # times L2: code that is fetched slower than one tile's multiply-adds run
 _WIDE_WINDOW = 0.15  # below this density a window of four registers fills the steps better than two; above, it is full
 
 
 class FewColumns(NamedTuple):
-    """How a product with few columns is computed: for which target, by lookups or looped."""
+    """How a product with few columns is computed: for which target, by lookups or looped, in tiles how wide."""
 
     target: str
     by_lookup: bool
+    width: int
 
 
 def window(task: Task, target: Target) -> tuple[int, int]:
@@ -223,12 +224,14 @@ def few_columns(task: Task, target: Target, columns: int) -> FewColumns | None:
     if task.layout == "tile_major" or not target.loops:
         return None
     if not narrow and columns <= _LOOKUP_COLUMNS:
-        return FewColumns(target.name, True)
-    if not narrow and 2 * columns <= target.lanes:
-        return FewColumns(_NARROW, False)
+        return FewColumns(target.name, True, target.lanes)
+    if target.indexed and columns <= _HALF_COLUMNS:
+        return FewColumns(target.narrow or target.name, False, _HALF_COLUMNS)
+    if target.narrow and 2 * columns <= target.lanes:
+        return FewColumns(target.narrow, False, target.lanes // 2)
     padded = columns < target.lanes and (narrow or code > target.l2)
     far = columns <= (2 if narrow else 1) * target.lanes and code > _FAR_CODE * target.l2
-    return FewColumns(target.name, False) if padded or far else None
+    return FewColumns(target.name, False, target.lanes) if padded or far else None
 
 
 def few_columns_reason(task: Task, target: Target) -> str:
@@ -240,7 +243,8 @@ def few_columns_reason(task: Task, target: Target) -> str:
             kind = kinds[start]
             if kind is not None:
                 span = f"N = {start + 1}" + (f" to {at}" if at > start + 1 else "")
-                how = "register lookups" if kind.by_lookup else f"a loop over the pattern ({kind.target})"
+                wide = f"{kind.width} at a time"
+                how = "register lookups" if kind.by_lookup else f"a loop over the pattern, {wide}"
                 words.append(f"{span} by {how}")
             start = at
     return "; ".join(words)

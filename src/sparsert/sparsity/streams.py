@@ -66,8 +66,8 @@ def _dealt(pattern: Pattern, lanes: int, fold: int) -> tuple[Ints, Ints]:
     return order, cuts
 
 
-def lockstep(pattern: Pattern, lanes: int, fold: int = 0) -> Stream:
-    """Entries are columns (uint16, or uint32 where the pattern has 65,536 columns or more), ``lanes`` a step.
+def lockstep(pattern: Pattern, lanes: int, fold: int = 0, unit: int = 1) -> Stream:
+    """Entries are columns times ``unit`` (uint16, or uint32 where those of 16 bits do not suffice), ``lanes`` a step.
 
     Padding stands for column ``cols``, where the kernel keeps zeros.
     """
@@ -85,13 +85,13 @@ def lockstep(pattern: Pattern, lanes: int, fold: int = 0) -> Stream:
         place = (starts[position // lanes * folds + f] + within) * lanes + position % lanes
         source[place] = cuts[f][position] + within
     column = np.where(source >= 0, np.append(pattern.indices, 0)[source], pattern.cols)
-    data = column.astype("<u2" if wide_bytes(pattern) == 2 else "<u4").view(np.uint8)
+    data = (column * unit).astype("<u2" if wide_bytes(pattern, unit) == 2 else "<u4").view(np.uint8)
     return Stream(order, lanes, folds, counts.astype(np.int32), data, source, steps, length[0] > 0)
 
 
-def wide_bytes(pattern: Pattern) -> int:
-    """Bytes of a column number in :func:`lockstep`."""
-    return 2 if pattern.cols < 1 << 16 else 4
+def wide_bytes(pattern: Pattern, unit: int = 1) -> int:
+    """Bytes of an entry in :func:`lockstep`."""
+    return 2 if pattern.cols * unit < 1 << 16 else 4
 
 
 def windows(pattern: Pattern, lanes: int, window: int, unroll: int, fold: int = 0) -> Stream:

@@ -7,11 +7,11 @@ import numpy as np
 from ..codeobject import CodeObject
 from ..pool import listed, pool
 from ..vector import Program
-from .encoder import EVEX128, EVEX512, LEGACY, RIP, VEX128, VEX256, encode
+from .encoder import EVEX128, EVEX256, EVEX512, LEGACY, RIP, VEX128, VEX256, encode
 from .lower import lower
 from .table import ALIGN, LABEL, NAMES, ROWS, Tuple
 
-ENCODINGS = {"x86-avx512": EVEX512, "x86-avx2": VEX256}
+ENCODINGS = {"x86-avx512": EVEX512, "x86-avx2": VEX256, "x86-avx512-256": EVEX256}
 
 
 def assemble(program: Program, isa: str) -> CodeObject:
@@ -58,6 +58,7 @@ _GENERAL = [
     "r15",
 ]
 _HALF = [f"e{name[1:]}" for name in _GENERAL[:8]] + [f"{name}d" for name in _GENERAL[8:]]
+_WORD = [name[1:] for name in _GENERAL[:8]] + [f"{name}w" for name in _GENERAL[8:]]
 _WIDTH = ("xmm", "ymm", "zmm")
 
 
@@ -72,6 +73,8 @@ def instruction_text(name: str, enc: int, c: dict[str, int], bcast: bool = False
             return _GENERAL[number]
         if kind == "e":
             return _HALF[number]
+        if kind == "h":
+            return _WORD[number]
         return f"k{number}" if kind == "k" else f"{'xmm' if kind == '4' else _WIDTH[length]}{number}"
 
     def memory(kind: str) -> str:
@@ -85,10 +88,12 @@ def instruction_text(name: str, enc: int, c: dict[str, int], bcast: bool = False
         broadcast = f"{{1to{4 << length}}}" if bcast else ""
         size = ("word" if kind == "w" else
                 "dword" if bcast or row.tuple == Tuple.T1S else
-                "xmmword" if kind == "4" or (length == 0 and kind in "xq") else
+                "xmmword" if kind in ("4", "p") or (length == 0 and kind in "xq") else
                 ("", "ymmword", "zmmword")[length])  # fmt: skip
         if row.tuple == Tuple.QUARTER:
             size = ("dword", "qword", "xmmword")[length]
+        if row.tuple == Tuple.HALF:
+            size = ("qword", "xmmword", "ymmword")[length]
         size = {"e": "dword", "w": "word", "y": "byte"}.get(kind, "qword") if enc == LEGACY else size
         prefix = "" if name in ("lea", "prefetcht0", "prefetcht1") else f"{size} ptr "
         return f"{prefix}[{text}]{broadcast}"

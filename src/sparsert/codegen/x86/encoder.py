@@ -213,7 +213,7 @@ def _displacement_unit(row: Row, encoding: int, bcast: bool) -> int:
         return 1
     vector = 16 << (encoding - EVEX128 if row.fixed_length < 0 else row.fixed_length)
     return {Tuple.FULL: 4 if bcast else vector, Tuple.FULLMEM: vector, Tuple.T1S: 4, Tuple.T4: 16, Tuple.NONE: 1,
-            Tuple.QUARTER: vector // 4, Tuple.PACKED: 4}[row.tuple]  # fmt: skip
+            Tuple.QUARTER: vector // 4, Tuple.PACKED: 4, Tuple.HALF: vector // 2}[row.tuple]  # fmt: skip
 
 
 def _memory_operand(

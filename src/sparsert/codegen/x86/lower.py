@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ...errors import InternalError
 from ..vector import OP, OPS, PITCH_OF, POOL_BYTES, Program, S, by_operation, unpacked
-from .encoder import EVEX512, LEGACY, RIP, VEX256, Batch, Field, Ints
+from .encoder import EVEX256, EVEX512, LEGACY, RIP, VEX256, Batch, Field, Ints
 from .table import ALIGN, LABEL, ROW, ROWS
 
 GPR = {
@@ -35,7 +35,8 @@ _COMMON = {
     "to_int": "vcvtps2dq reg=d rm=a", "load4": "vmovups_x reg=d mem",
     "zip_lo": "vunpcklps reg=d vvvv=a rm=b", "zip_hi": "vunpckhps reg=d vvvv=a rm=b",
     "zip2_lo": "vunpcklpd reg=d vvvv=a rm=b", "zip2_hi": "vunpckhpd reg=d vvvv=a rm=b",
-    "load_bytes": "vpmovsxbd reg=d mem",
+    "load_bytes": "vpmovsxbd reg=d mem", "load_words": "vpmovzxwd reg=d mem", "shuffle4": "vpermilps reg=d rm=a imm",
+    "fma_at": "vfmadd231ps reg=d vvvv=a mem index=b scale=3",
 }  # fmt: skip
 _SCALAR = {
     "s_arg": "mov reg=d arg", "s_put": "mov_st reg=a arg", "s_mov": "mov reg=d rm=a", "s_add": "add reg=d rm=a",
@@ -52,6 +53,7 @@ _SCALAR = {
     "s_at16": "movzx16 reg=15 mem; shl rm=15 imm=b; lea reg=d base=a index=15 scale=0",
     "s_at32": "mov32 reg=15 mem; shl rm=15 imm=b; lea reg=d base=a index=15 scale=0",
     "leave": "; ".join(f"pop rm={r}" for r in reversed(CALLEE_SAVED)) + "; pop rm=5; vzeroupper; ret",
+    "s_low16": "movzx16_r reg=d rm=a", "s_shr": "shr rm=d imm",
     "s_load": "mov reg=d mem", "s_store": "mov_st reg=a mem", "s_exchange": "xchg reg=d mem",
     "s_replace": "mov reg=0 rm=d; cmpxchg reg=b mem; mov reg=d rm=0",
     "s_fetch_add": "xadd reg=d mem", "s_pause": "pause", "jump_equal": "cmp reg=a rm=b; jz imm",
@@ -79,6 +81,9 @@ RECIPES = {
         "lanes_from": "valignd reg=d vvvv=b rm=a imm",
         "rotate_by_mask": "valignd reg=d vvvv=a rm=a imm mask=b+3 zero=1",
         "lanes_by_mask": "valignd reg=d vvvv=b rm=a imm mask=step+3 zero=1",
+        "bcast4": "vbroadcastf32x4 reg=d mem", "expand_lanes": "vexpandps_r reg=d rm=a mask=2 zero=1",
+        "s_skip2": "kmovw reg=15 rm=2; popcnt reg=15 rm=15; lea reg=d base=d index=15 scale=1",
+        "load4_pair": "vmovups_x reg=d mem index=a scale=3; vinsertf32x4 reg=d vvvv=d mem index=b scale=3 imm=1",
     },
     VEX256: _COMMON | _SCALAR | {
         "zero": "vxorps reg=d vvvv=d rm=d", "round": "vroundps reg=d rm=a imm=8", "shl": "vpslld_vex vvvv=d rm=a imm",
@@ -87,8 +92,11 @@ RECIPES = {
         "set_mask": "vmovups reg=15 mem", "load_mask": "vmaskmovps reg=d vvvv=15 mem",
         "store_mask": "vmaskmovps_st reg=a vvvv=15 mem",
         "evens": "vshufps reg=d vvvv=a rm=b imm=136; vpermpd_imm reg=d rm=d imm=216",
+        "bcast4": "vbroadcastf128 reg=d mem",
+        "load4_pair": "vmovups_x reg=d mem index=a scale=3; vinsertf128 reg=d vvvv=d mem index=b scale=3 imm=1",
     },
 }  # fmt: skip
+RECIPES[EVEX256] = RECIPES[EVEX512] | {"evens": RECIPES[VEX256]["evens"]}
 """By vector encoding. Masks of the copies are k2, or ymm15: they occur outside the accumulate loop only. The numbered
 masks of the accumulate loop are k3 to k7, and where the ISA has no mask registers there are none."""
 
@@ -103,6 +111,7 @@ _MODIFIES = np.array(
     [
         op.name
         in ("s_add", "s_sub", "s_addi", "s_add_arg", "s_max_arg", "s_min_arg", "s_at8", "s_at16", "s_at32", "s_skip")
+        or op.name in ("s_skip2", "s_shr")
         for op in OPS
     ]
 )
@@ -138,7 +147,7 @@ _COUNTS = {
 
 
 def lower(program: Program, encoding: int) -> list[Batch]:
-    """Batches of instructions for ``encoding`` (EVEX512 or VEX256).
+    """Batches of instructions for ``encoding`` (EVEX512, EVEX256 or VEX256).
 
     Label ``program.labels`` stands for the start of the constant pool.
     """
@@ -187,11 +196,11 @@ class _Rows:
                 fields["imm"] = source if isinstance(source, int) else self._column(source or "disp")
             elif isinstance(source, int):
                 fields[key] = source
-            elif self.scalar:
+            elif self.scalar or key in ("base", "index"):
                 fields[key] = _GPR_OF.take(self.registers[source])
             else:
                 column, _, above = source.partition("+")
-                register = self.registers[column]
+                register = self._column(column)
                 if above:
                     register = register + np.int16(above)
                 fields[key] = register

@@ -7,7 +7,7 @@ bytes, the operands in Intel order, and in which encodings it exists: ``L`` lega
 Operand letters: ``r`` ModRM.reg, ``v`` VEX.vvvv, ``m`` ModRM.rm (register or memory), ``i`` immediate, ``s`` register
 in the upper half of the immediate byte (is4), ``o`` register in the opcode, ``b`` a branch displacement.  Their kinds:
 ``x`` vector, ``g`` 64-bit general, ``e`` 32-bit general, ``w`` and ``y`` memory of 2 bytes and of 1, ``k`` mask,
-``q`` memory only, ``4`` 128-bit vector or memory.
+``q`` memory only, ``4`` 128-bit vector or memory, ``p`` memory of 128 bits only, ``h`` the lower half of an ``e``.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ class Tuple(IntEnum):
     T4 = 4  # four elements of 4 bytes
     QUARTER = 5  # a quarter of a vector
     PACKED = 6  # as many elements of 4 bytes as a mask selects
+    HALF = 7  # half a vector
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +138,14 @@ ROWS: dict[str, Row] = {
     "valignd":        Row(P66, M0F3A, 0x03, 0, _F, "rx vx mx i", "E", imm=1),
     "vpermt2ps":      Row(P66, M0F38, 0x7F, 0, _F, "rx vx mx", "E"),
     "kmovw_load":     Row(P00, M0F,   0x90, 0, _N, "rk mw", "V", fixed_length=0, mnemonic="kmovw"),
+    # few columns
+    "movzx16_r":      Row(P00, M0F,   0xB7, 0, _N, "re mh", "L", mnemonic="movzx"),
+    "shr":            Row(P00, M1,    0xC1, 1, _N, "mg i", "L", digit=5, imm=1),
+    "vbroadcastf128": Row(P66, M0F38, 0x1A, 0, _N, "rx mp", "V", fixed_length=1),
+    "vbroadcastf32x4": Row(P66, M0F38, 0x1A, 0, _4, "rx mp", "E"),
+    "vpermilps":      Row(P66, M0F3A, 0x04, 0, _F, "rx mx i", "VE", imm=1),
+    "vpmovzxwd":      Row(P66, M0F38, 0x33, 0, Tuple.HALF, "rx mq", "VE"),
+    "vexpandps_r":    Row(P66, M0F38, 0x88, 0, _P, "rx mx", "E", mnemonic="vexpandps"),
 }  # fmt: skip
 
 NAMES = tuple(ROWS)
