@@ -16,7 +16,7 @@ from .codegen.parking import PoolCode
 from .codegen.vector import Program
 from .errors import CodeBudgetError, ExecutableMemoryError, ScheduleError, ShapeError, UnsupportedError, ValueRangeError
 from .kernels import activations, matmul, worker
-from .operators import tuned
+from .operators import dense_parts, tuned
 from .operators.arrays import Array, as_input
 from .operators.compact import CompactProduct, SmallProducts, looped_code_bytes
 from .operators.dense import DenseProduct
@@ -111,7 +111,7 @@ def compile_linear(
 
 def compile_product(
     *, transpose_a: bool = False, transpose_b: bool = False, scale: float = 1.0, activation: Any = None,
-    target: str = "native",
+    target: str = "native", threads: int | None = None,
 ) -> CompiledProduct:  # fmt: skip
     """Compile ``y = act(scale * a @ b)`` for two activations, as in attention: a (..., M, K), b (..., K, N).
 
@@ -121,10 +121,11 @@ def compile_product(
         transpose_a: a is (..., K, M).
         transpose_b: b is (..., N, K).
         scale: the sums are multiplied by this, rounded to float32.
-        activation, target: as in :func:`compile_matmul`.
+        activation, target, threads: as in :func:`compile_matmul`.
 
     Raises:
-        UnsupportedError: an unknown activation or target. ValueRangeError: ``scale`` is no finite number.
+        UnsupportedError: an unknown activation or target. ValueRangeError: ``scale`` is no finite number, or
+            ``threads`` no positive one.
         TargetUnavailableError, ExecutableMemoryError: as in :func:`compile_matmul`.
     """
     for name, flag in (("transpose_a", transpose_a), ("transpose_b", transpose_b)):
@@ -139,7 +140,8 @@ def compile_product(
         raise ValueRangeError(f"{scale!r} is no finite number", where="scale", hint="1 / sqrt(64) is usual.")
     found, parameters = activations.parse(activation)
     spec = ProductSpec(bool(transpose_a), bool(transpose_b), factor, found.name if found else None, parameters)
-    return CompiledProduct(spec, host.resolve(target))
+    permitted, resolved = _threads(threads), host.resolve(target)
+    return CompiledProduct(spec, resolved, _dense_crew(resolved, permitted))
 
 
 def compile_listing(
@@ -191,11 +193,11 @@ def _compile(
     if schedule is not None and tune is not None:
         raise UnsupportedError("a given schedule leaves nothing to tune", where="tune", hint="Give one of the two.")
     request = make_request(target, threads, schedule, max_code_bytes, wanted)
-    dense_reason = _dense(form, task, request.target, schedule)
+    dense_reason = why_dense(form, task, request.target, schedule)
     if dense_reason and request.target.isa != "reference":
         as_dense = replace(task, layout="transposed" if kind is CompiledLinear else task.layout)
         try:
-            return kind(_build_dense(as_dense, matrix.values, b, request, dense_reason, started), b)
+            return kind(build_dense(as_dense, matrix.values, b, request, dense_reason, started), b)
         except CodeBudgetError:
             if form is not None:
                 raise
@@ -268,18 +270,22 @@ def build(
     return Compiled(task, target, made, stats, chosen, reason, request.threads, list_code, made.threads_note)
 
 
-def _build_dense(
-    task: Task, values: Array, bias: Array | None, request: Request, reason: str, started: float
-) -> Compiled:
-    product = DenseProduct(task, request.target)
+def build_dense(
+    task: Task, values: Array, bias: Array | None, request: Request, reason: str, started: float,
+    native: Callable[[Task, Target], DenseProduct] = DenseProduct,
+) -> Compiled:  # fmt: skip
+    """From a task to what an operator of the dense form holds."""
+    product = native(task, request.target)
     product.load(values, bias)
+    if (crew := _dense_crew(request.target, request.threads)) is not None:
+        product.share(crew)
     code = product.code
     _within(code.size, request.budget)
     stats = _stats(task, started, code.size, code.instructions, float(code.rows))
-    note = partial(_one_thread, "the dense form")
     return Compiled(
-        task, request.target, product, stats, product.schedule, reason, request.threads, product.listing, note
-    )
+        task, request.target, product, stats, product.schedule, reason, request.threads, product.listing,
+        product.threads_note,
+    )  # fmt: skip
 
 
 def _build_looped(task: Task, values: Array, bias: Array | None, request: Request, started: float) -> Compiled:
@@ -334,6 +340,13 @@ def _crew(task: Task, target: Target, schedule: Schedule | None, threads: int, b
             return []
 
     return Crew(lambda: shared_pool(target), threads, rows)
+
+
+def _dense_crew(target: Target, threads: int) -> dense_parts.Crew | None:
+    """What a dense operator on several threads needs; None where there are none."""
+    if threads < 2 or not workers.supported() or target.isa == "reference":
+        return None
+    return dense_parts.Crew(lambda: shared_pool(target), threads)
 
 
 def shared_pool(target: Target) -> workers.Pool:
@@ -443,7 +456,7 @@ def _within(size: int, budget: int) -> None:
         )
 
 
-def _dense(form: Any, task: Task, target: Target, schedule: Schedule | None) -> str:
+def why_dense(form: Any, task: Task, target: Target, schedule: Schedule | None) -> str:
     """Why the dense form is used, or an empty string where it is not."""
     if not (form is None or (isinstance(form, str) and form in ("sparse", "dense"))):
         raise UnsupportedError(f"unknown form {form!r}", where="form", hint="Use None, 'sparse' or 'dense'.")

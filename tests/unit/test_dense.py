@@ -25,16 +25,8 @@ from sparsert.errors import (
 from sparsert.kernels.dense import generate
 from sparsert.kernels.dense_arguments import Form, Slot
 from sparsert.kernels.plan import FOLD_TAPS
-from sparsert.operators.dense import (
-    Code,
-    Extents,
-    TurnedBinding,
-    blocks_of_rows,
-    code_of,
-    frame,
-    pack_panels,
-    pack_rows,
-)  # fmt: skip
+from sparsert.operators.dense import Code, TurnedBinding, code_of, frame, pack_panels, pack_rows
+from sparsert.operators.dense_parts import Extents, blocks_of_rows
 from sparsert.runtime.cpu import address_of
 from sparsert.schedule.dense import DenseSchedule, choose, conflicts, turns
 from sparsert.sparsity.pattern import as_sparse

@@ -21,7 +21,8 @@ from ..codegen.vector import Builder, Program, Row, S, check, row
 from ..target import Target
 from . import epilogue
 from .activations import ACTIVATIONS
-from .dense_arguments import Form, Slot
+from .dense_arguments import Form, Line, Slot, Tap
+from .dense_image import load_tap, next_taps, stage
 from .layout import transpose4
 
 UNROLL = 4
@@ -83,6 +84,10 @@ _PANELS = ((VECTORS, False), *((v, True) for v in range(1, VECTORS + 1)))
 """Vectors and mask: whole panels, then the possible last ones."""
 
 
+_STEPPED = ("A", "B", "C", "R", "BIAS")
+"""What lies elsewhere for each matrix of a batch."""
+
+
 class _Program:
     def __init__(self, form: Form, target: Target, b: Builder) -> None:
         self.form, self.target, self.b = form, target, b
@@ -92,7 +97,7 @@ class _Program:
         self.source = VECTORS * self.rows  # vectors of B behind the accumulators, then the element of A
         self.element = self.source + VECTORS
         self.finish = {v: b.label(f"activation of {self.rows}x{v}") for v in range(1, VECTORS + 1)}
-        self.packs_first = form.b == "transposed"
+        self.packs_first, self.image = form.b == "transposed", form.b == "image"
         self.choose: dict[tuple[int, bool, bool], int] = {}
 
     # ---- short words for rows of the program -----------------------------------------------------------------------
@@ -136,11 +141,11 @@ class _Program:
         self.choose = {kind: b.label() for kind in kinds}
         pack = {v: b.label("pack transposed B") for v in range(1, VECTORS + 1)}
         b.emit("enter")
-        self.copy(*((getattr(Slot, f"{name}_MATRIX"), Slot[name]) for name in "ABCR"), (Slot.MATRICES_LEFT, Slot.BATCH))
+        self.copy(*((Slot[f"{name}_MATRIX"], Slot[name]) for name in _STEPPED), (Slot.MATRICES_LEFT, Slot.BATCH))
         matrix = b.label("matrix of the batch")
         b.place(matrix)
         self._matrix(pack)
-        self.advance(*((Slot[f"{name}_MATRIX"], Slot[f"{name}_BATCH"]) for name in "ABCR"))
+        self.advance(*((Slot[f"{name}_MATRIX"], Slot[f"{name}_BATCH"]) for name in _STEPPED))
         self.repeat(Slot.MATRICES_LEFT, matrix)
         b.emit("leave")
         if self.packs_first:
@@ -178,6 +183,9 @@ class _Program:
                   (Slot.FINAL, Slot.ZERO), (Slot.K_LEFT, Slot.K_BLOCKS), (Slot.NOW_TURNS, Slot.TURNS),
                   (Slot.NOW_REST, Slot.REST), (Slot.NOW_GROUPS, Slot.K_GROUPS), (Slot.NOW_K_TAIL, Slot.K_TAIL),
                   (Slot.NOW_K_MASK, Slot.K_MASK))  # fmt: skip
+        if self.image:
+            self.copy((Slot.LINE, Slot.LINES), (Slot.TAPS_AT, Slot.TAPS))
+            stage(b, self.form, self.target)
         block, last, panels = b.label("block of K"), b.label("last block of K"), b.label()
         b.place(block)
         self.unless(Slot.K_LEFT, last)
@@ -190,18 +198,33 @@ class _Program:
                   (Slot.NOW_GROUPS, Slot.LAST_K_GROUPS), (Slot.NOW_K_TAIL, Slot.LAST_K_TAIL),
                   (Slot.NOW_K_MASK, Slot.LAST_K_MASK))  # fmt: skip
         b.place(panels)
+        if self.image:
+            self._line()
         self._panels(pack)
         self.advance((Slot.A_BLOCK, Slot.A_K), (Slot.B_BLOCK, Slot.B_K))
         self.copy((Slot.START, Slot.NEXT))
+        if self.image:
+            self.advance((Slot.TAPS_AT, Slot.TAPS_K))
         self.unless(Slot.FINAL, block)
+
+    def _line(self) -> None:
+        """What the line of this block of K says."""
+        b = self.b
+        self.get(S.T, Slot.LINE)
+        for slot, word in ((Slot.NOW_TURNS, Line.TURNS), (Slot.NOW_REST, Line.REST), (Slot.A_K, Line.A),
+                           (Slot.TAPS_K, Line.TAPS)):  # fmt: skip
+            b.emit("s_load", d=S.TMP, ptr=S.T, disp=word.byte)
+            self.put(S.TMP, slot)
+        b.emit("s_addi", d=S.T, disp=8 * len(Line))
+        self.put(S.T, Slot.LINE)
 
     def _panels(self, pack: dict[int, int]) -> None:
         """All panels of columns, for one block of K: groups of whole ones, then the last one if it is narrower."""
         b = self.b
         if self.form.a == "rows":
             self._copy_a()
-        here = ("B_HERE", "C_HERE", "R_HERE", "BIAS_HERE")
-        start = (Slot.B_BLOCK, Slot.C_MATRIX, Slot.R_MATRIX, Slot.BIAS)
+        here = ("B_HERE", "C_HERE", "R_HERE", "BIAS_HERE") + self.image * ("VIEWS_HERE",)
+        start = (Slot.B_BLOCK, Slot.C_MATRIX, Slot.R_MATRIX, Slot.BIAS_MATRIX) + self.image * (Slot.VIEWS,)
         self.copy(*zip((Slot[name] for name in here), start, strict=True), (Slot.GROUPS_LEFT, Slot.GROUPS),
                   (Slot.IN_TAIL, Slot.ZERO))  # fmt: skip
         tail, group, whole, end = b.label("last panel"), b.label("group of panels"), b.label(), b.label()
@@ -264,11 +287,13 @@ class _Program:
             if not self.packs_first:
                 again = b.label()
                 self.unless(Slot.PACKING, plain)
-                self.copy((Slot.PANEL_AT, Slot.PANEL))
+                views = self.image * ((Slot.VIEWS_AT, Slot.VIEWS_HERE),)
+                self.copy((Slot.PANEL_AT, Slot.PANEL), *views)
                 b.place(again)
                 self.get(S.TMP, Slot[f"SKIP_{size}"])
                 b.emit("call", disp=self.choose[vectors, masked, True])
-                self.advance((Slot.B_AT, Slot.B_PANEL), (Slot.PANEL_AT, Slot.PANEL_STEP), *across)
+                views = self.image * ((Slot.VIEWS_AT, Slot.VIEWS_PANEL),)
+                self.advance((Slot.B_AT, Slot.B_PANEL), (Slot.PANEL_AT, Slot.PANEL_STEP), *across, *views)
                 self.repeat(Slot.PANELS_LEFT, again)
                 self.copy((Slot.PACKING, Slot.ZERO))
                 self._packed(width)
@@ -337,6 +362,8 @@ class _Program:
             b.emit("s_mov", d=S.X, a=S.Y)
         if shape.packs:
             self.get(S.PANEL, Slot.PANEL_AT)
+        if shape.packs and self.image:
+            next_taps(b)
         for steps, count in ((UNROLL, Slot.NOW_TURNS), (1, Slot.NOW_REST)):
             over, turn = b.label(), b.label()
             self.get(S.K, count)
@@ -356,13 +383,17 @@ class _Program:
             yield row("s_mov", d=S.X, a=S.Y)
             yield row("s_addi", d=S.Y, disp=4 * steps)
         for k in range(steps):
-            for j in range(shape.vectors):
-                masked = shape.packs and shape.masked and j == shape.vectors - 1
-                yield row("load_mask" if masked else "load", d=self.source + j, ptr=S.W, disp=j * self.tile)
+            if shape.packs and self.image:
+                yield from load_tap(k, range(self.source, self.source + shape.vectors), self.target)
+            else:
+                for j in range(shape.vectors):
+                    masked = shape.packs and shape.masked and j == shape.vectors - 1
+                    yield row("load_mask" if masked else "load", d=self.source + j, ptr=S.W, disp=j * self.tile)
             if shape.packs:
                 for j in range(shape.vectors):
                     yield row("store", a=self.source + j, ptr=S.PANEL, disp=(k * shape.vectors + j) * self.tile)
-            yield row("s_add", d=S.W, a=S.PY)
+            if not (shape.packs and self.image):
+                yield row("s_add", d=S.W, a=S.PY)
             order = range(shape.rows)
             for i in reversed(order) if rows and k % 2 else order:  # fewer moves of a base that reaches eight rows
                 where = {"step": i, "disp": 4 * k} if rows else {"disp": 4 * i}
@@ -373,6 +404,8 @@ class _Program:
                 yield row("s_add", d=S.X, a=S.PX)
         if shape.packs:
             yield row("s_addi", d=S.PANEL, disp=steps * shape.vectors * self.tile)
+            if self.image:
+                yield row("s_addi", d=S.CONST, disp=8 * len(Tap) * steps)
 
     def _mask(self) -> None:
         self.get(S.TMP, Slot.MASK)

@@ -15,12 +15,15 @@ class Form:
 
     Attributes:
         a: "rows" (M, K), elements of a row back to back, or "columns" (K, M).
-        b: "rows" (K, N) or packed panels (panels, K, width), or "transposed" (N, K).
+        b: "rows" (K, N) or packed panels (panels, K, width), "transposed" (N, K), or "image": rows of K are taps of a
+            convolution, each somewhere in an image, columns are the positions of its output
+            (:mod:`~.dense_image`).
         bias: None, "rows" (one per row of C) or "columns".
         activation, parameters: a row of the activation table.
         scale: results are multiplied by the single float at BIAS before anything else.
         residual: None, "before" or "after" the activation.
         scatter: C is written transposed, (N, M): its rows are then columns of the caller's array.
+        step: of an image that is staged, from column to column: 1 or 2.
     """
 
     a: str = "rows"
@@ -31,10 +34,11 @@ class Form:
     residual: str | None = None
     scale: bool = False
     scatter: bool = False
+    step: int = 1
 
     def __post_init__(self) -> None:
-        known = {"a": ("rows", "columns"), "b": ("rows", "transposed"), "bias": (None, "rows", "columns"),
-                 "residual": (None, "before", "after")}  # fmt: skip
+        known = {"a": ("rows", "columns"), "b": ("rows", "transposed", "image"), "bias": (None, "rows", "columns"),
+                 "residual": (None, "before", "after"), "step": (1, 2)}  # fmt: skip
         for name, values in known.items():
             if getattr(self, name) not in values:
                 raise UnsupportedError(f"{name}={getattr(self, name)!r}", where=name, hint=f"Known: {values}.")
@@ -59,6 +63,7 @@ class Slot(Slots):
     B_BATCH = auto()
     C_BATCH = auto()
     R_BATCH = auto()
+    BIAS_BATCH = auto()
     A_K = auto()  # from block to block of K
     B_K = auto()
     B_PANEL = auto()  # from panel to panel of columns
@@ -116,6 +121,16 @@ class Slot(Slots):
     OVERLAP_PITCH = auto()
     QUAD_PITCH = auto()
     SIXTEEN = auto()
+    LINES = auto()  # images: a line per block of K (:class:`Line`),
+    TAPS = auto()  # a line per tap (:class:`Tap`),
+    VIEWS = auto()  # and for each panel the address of its masks
+    VIEWS_PANEL = auto()
+    VIEWS_GROUP = auto()
+    VIEWS_TAIL = auto()
+    STAGES = auto()  # copies that make planes of an image, 0 where it is read as it is; a line for each (:class:`Copy`)
+    COPIES = auto()
+    PLANES = auto()
+    CHANNELS = auto()
     ZERO = auto()
     ONE = auto()
     MATRICES_LEFT = auto()  # from here on: variables of the kernel
@@ -128,6 +143,7 @@ class Slot(Slots):
     B_MATRIX = auto()
     C_MATRIX = auto()
     R_MATRIX = auto()
+    BIAS_MATRIX = auto()
     A_BLOCK = auto()  # its current block of K,
     B_BLOCK = auto()
     B_HERE = auto()  # the panel,
@@ -156,3 +172,39 @@ class Slot(Slots):
     START = auto()  # 0: with the bias or a product, 1: with C, 2: anew
     FINAL = auto()  # this is the last block of K
     PACKING = auto()
+    LINE = auto()  # images: of the next block of K, its first tap, the masks of the panel,
+    TAPS_AT = auto()
+    TAPS_K = auto()
+    VIEWS_HERE = auto()
+    VIEWS_AT = auto()
+    COPIES_LEFT = auto()  # the copy
+
+
+class Line(Slots):
+    """What differs between blocks of K of an image."""
+
+    TURNS = 0
+    REST = auto()
+    A = auto()  # bytes of the block in A, and in the table of taps
+    TAPS = auto()
+
+
+class Tap(Slots):
+    """Bytes from where a panel begins to what a tap reads, and from the masks of the panel to those of the tap."""
+
+    PLACE = 0
+    MASK = auto()
+
+
+class Copy(Slots):
+    """A copy of rows of an image to a plane, channel after channel; bytes, counts, and the address of its masks."""
+
+    FROM = 0
+    TO = auto()
+    ROWS = auto()
+    FROM_ROW = auto()
+    TO_ROW = auto()
+    FROM_CHANNEL = auto()
+    TO_CHANNEL = auto()
+    VECTORS = auto()  # whole ones, before the last
+    MASKS = auto()  # of the last one: as it is loaded, twice where every other column is wanted, and as it is stored

@@ -22,6 +22,7 @@ from ..schedule.task import Task
 from ..sparsity.pattern import SparseMatrix
 from ..target import Target
 from .arrays import Array
+from .dense_parts import Blocks, Crew, Extents, Parts, Shift, blocks_of_rows, described, note, share_out
 
 SHAPES = 32  # shapes and pitches whose frames are kept
 
@@ -46,45 +47,13 @@ def code_of(form: Form, target: Target) -> Code:
     return Code(form, target, kernel.rows, Executable(code.code), len(code.code), code.instructions)
 
 
-@dataclass(frozen=True)
-class Extents:
-    """C (batch, M, N) = A (batch, M, K) @ B (batch, K, N), and where things lie, in bytes.
-
-    Pitches go from row to row as stored: of A given by columns, and of B transposed, those of the stored array.
-    ``a_block``: from block to block of packed rows of A; ``panel``: from panel to panel of packed B.
-    """
-
-    batch: int
-    m: int
-    n: int
-    k: int
-    a_pitch: int
-    b_pitch: int
-    c_pitch: int
-    r_pitch: int = 0
-    a_batch: int = 0
-    b_batch: int = 0
-    c_batch: int = 0
-    r_batch: int = 0
-    a_block: int = 0
-    panel: int = 0
-
-
-def blocks_of_rows(m: int, most: int) -> tuple[int, int, int]:
-    """Large blocks, small blocks, and the rows of a large one; small ones have a row less."""
-    count = -(-m // most)
-    size = -(-m // count)
-    large = m - count * (size - 1)
-    return large, count - large, size
-
-
 def spread_pitch(floats: int) -> int:
     """The pitch in bytes of rows of so many floats that fall into different sets of a cache: an odd number of lines."""
     return -(-4 * floats // 128) * 128 + 64
 
 
-def frame(code: Code, e: Extents, schedule: DenseSchedule) -> Frame:
-    """An argument block and scratch for such arrays, all but the addresses filled in."""
+def frame(code: Code, e: Extents, schedule: DenseSchedule, blocks: Blocks | None = None) -> Frame:
+    """An argument block and scratch for such arrays, all but the addresses filled in; ``blocks``: of rows."""
     lanes, tile, form = code.target.lanes, code.target.tile_bytes, code.form
     width = VECTORS * lanes
     kc = min(schedule.k_block, e.k)
@@ -92,7 +61,7 @@ def frame(code: Code, e: Extents, schedule: DenseSchedule) -> Frame:
     panels, rest = divmod(e.n, width)
     groups = -(-panels // schedule.panels)
     group = -(-panels // groups) if groups else 0
-    large, small, size = blocks_of_rows(e.m, code.rows)
+    large, small, size = blocks or blocks_of_rows(e.m, code.rows)
     transposed, rows, packed = form.b == "transposed", form.a == "rows", e.panel > 0
     copied = rows and (schedule.copy or conflicts(e.a_pitch, size, code.target)) and e.n > width
     a_pitch = spread_pitch(kc) if copied else e.a_pitch
@@ -115,6 +84,7 @@ def frame(code: Code, e: Extents, schedule: DenseSchedule) -> Frame:
     values = {
         Slot.B_PITCH: e.b_pitch, Slot.C_PITCH: e.c_pitch, Slot.R_PITCH: e.r_pitch,
         Slot.A_BATCH: e.a_batch, Slot.B_BATCH: e.b_batch, Slot.C_BATCH: e.c_batch, Slot.R_BATCH: e.r_batch,
+        Slot.BIAS_BATCH: e.bias_batch,
         Slot.A_K: kc * 4 if rows else kc * e.a_pitch, Slot.B_K: kc * (4 if transposed else e.b_pitch),
         Slot.BATCH: e.batch, Slot.K_BLOCKS: -(-e.k // kc) - 1, Slot.TAIL: -(-rest // lanes),
         Slot.GROUPS: groups, Slot.GROUP: group, Slot.LAST_GROUP: panels - (groups - 1) * group, Slot.ONE_PANEL: 1,
@@ -136,6 +106,18 @@ def frame(code: Code, e: Extents, schedule: DenseSchedule) -> Frame:
         s[Slot[f"C_{name}"]], s[Slot[f"R_{name}"]] = count * e.c_pitch, count * e.r_pitch
         s[Slot[f"BIAS_{name}"]] = 4 * count if form.bias == "rows" else 0
     return result
+
+
+def parts(code: Code, e: Extents, schedule: DenseSchedule, crew: Crew | None, bias: Array) -> Parts:
+    """The product of such arrays, shared out; ``bias`` is what BIAS points to."""
+    form = code.form
+    shares, by = share_out(e, code.rows, code.target.lanes, crew, a=form.a, b=form.b, bias=form.bias)
+    frames: list[tuple[Frame, Shift]] = []
+    for share in shares:
+        made = frame(code, share.extents, schedule, share.blocks)
+        made.slots[Slot.BIAS] = address_of(bias) + share.shift.bias
+        frames.append((made, share.shift))
+    return Parts(frames, code.executable.address, code.executable.call, crew, described(len(frames), by))
 
 
 def pack_rows(weight: Array, most: int) -> tuple[Array, int, int]:
@@ -204,6 +186,8 @@ class DenseProduct:
         _, k = task.pattern.shape
         self.fold = fold_width(k, k)
         self.schedule = choose(k, self.fold, target, VECTORS * target.tile_bytes)
+        self.crew: Crew | None = None
+        self.seen: dict[int, str] = {}
         self.values: list[Packed] = []
         self._bias: Array = aligned_empty(0)
         self._bindings: dict[tuple[int, ...], DenseBinding] = {}
@@ -211,6 +195,15 @@ class DenseProduct:
     def _form(self, a: str, bias: str) -> Form:
         t = self.task
         return Form(a, "rows", bias if t.bias else None, t.activation, t.parameters, t.residual)
+
+    def share(self, crew: Crew) -> None:
+        """Calls for shapes not seen yet may use several threads."""
+        self.crew = crew
+        self._bindings.clear()
+
+    def threads_note(self) -> str:
+        """How many threads calls so far used, in words."""
+        return note(self.crew, self.seen)
 
     def load(self, values: Array, bias: Array | None) -> None:
         """Pack new values; calls under way keep the ones they started with."""
@@ -246,26 +239,31 @@ class DenseProduct:
         else:
             extents = Extents(1, m, columns, k, pitch, x_pitch, y_pitch, r_pitch, a_block=step)
         schedule = replace(self.schedule, k_block=k) if same else self.schedule  # y is not written before r is read
-        code, bias = self.code, self._bias  # not self: a binding does not keep its product
+        return DenseBinding(self, self.code, self.linear, self.linear, self._parts(self.code, extents, schedule))
 
-        def make() -> Frame:
-            made = frame(code, extents, schedule)
-            made.slots[Slot.BIAS] = address_of(bias)
+    def _parts(self, code: Code, extents: Extents, schedule: DenseSchedule) -> Callable[[], Parts]:
+        """How to make what a call on such arrays needs."""
+        bias, crew, seen = self._bias, self.crew, self.seen  # not self: a binding does not keep its product
+        columns = extents.m if code.form.bias == "columns" or self.linear else extents.n
+
+        def make() -> Parts:
+            made = parts(code, extents, schedule, crew, bias)
+            if len(seen) < SHAPES:
+                seen[columns] = made.how
             return made
 
-        return DenseBinding(self, code, self.linear, self.linear, make)
+        return make
 
     def _turned(self, columns: int, x_pitch: int, y_pitch: int, r_pitch: int, same: int) -> DenseBinding:
         m, k = self.task.pattern.shape
         _, _, pitch, step = self.values[0].get(True)
-        code, bias, schedule = code_of(self._form("columns", "columns"), self.target), self._bias, self.schedule
+        code = code_of(self._form("columns", "columns"), self.target)
         extents = Extents(1, columns, m, k, x_pitch, pitch, spread_pitch(m), spread_pitch(m), panel=step)
         lanes, residual = self.target.lanes, self.task.residual is not None
+        product = self._parts(code, extents, self.schedule)
 
         def make() -> TurnedFrame:
-            made = TurnedFrame(frame(code, extents, schedule), m, columns, y_pitch, r_pitch, lanes, residual)
-            made.main.slots[Slot.BIAS] = address_of(bias)
-            return made
+            return TurnedFrame(product(), m, columns, y_pitch, r_pitch, lanes, residual)
 
         return TurnedBinding(self, code, True, True, make)
 
@@ -305,7 +303,7 @@ class DenseBinding:
     def execute(self, made: Any, a: int, b: int, ya: int, ra: int) -> None:
         """The native call."""
         made.point(a, b, ya, ra)
-        self.executable.call(made.address)
+        made.run()
 
     def fixed(self, xa: int, ya: int, ra: int) -> Callable[[], None]:
         """The call for arrays that stay where they are."""
@@ -317,7 +315,7 @@ class TurnedFrame:
     """What a transposed product needs: its own frame, scratch for the transposed y and residual, and how to turn."""
 
     def __init__(
-        self, main: Frame, m: int, columns: int, y_pitch: int, r_pitch: int, lanes: int, residual: bool
+        self, main: Parts, m: int, columns: int, y_pitch: int, r_pitch: int, lanes: int, residual: bool
     ) -> None:
         self.main = main
         pitch = spread_pitch(m)
@@ -338,6 +336,6 @@ class TurnedBinding(DenseBinding):
             made.residual.slots[:2] = ra, r
             self.transpose(made.residual.address)
         made.main.point(a, b, y, r)
-        self.executable.call(made.main.address)
+        made.main.run()
         made.out.slots[:2] = y, ya
         self.transpose(made.out.address)
