@@ -20,6 +20,7 @@ from .operators import dense_parts, tuned
 from .operators.arrays import Array, as_input
 from .operators.compact import CompactProduct, SmallProducts, looped_code_bytes
 from .operators.dense import DenseProduct
+from .operators.dense_conv import DenseConv
 from .operators.matmul import Compiled, CompiledLinear, CompiledMatmul, Product, Stats
 from .operators.native import Crew, NativeProduct
 from .operators.product import CompiledProduct, ProductSpec
@@ -272,7 +273,7 @@ def build(
 
 def build_dense(
     task: Task, values: Array, bias: Array | None, request: Request, reason: str, started: float,
-    native: Callable[[Task, Target], DenseProduct] = DenseProduct,
+    native: Callable[[Task, Target], DenseProduct | DenseConv] = DenseProduct,
 ) -> Compiled:  # fmt: skip
     """From a task to what an operator of the dense form holds."""
     product = native(task, request.target)

@@ -8,6 +8,7 @@ import numpy as np
 
 from ..errors import ShapeError
 from ..kernels.activations import ACTIVATIONS
+from ..schedule.dense import DenseSchedule
 from ..schedule.task import Task
 from ..sparsity.geometry import Geometry, Padding
 from ..sparsity.pattern import SparseMatrix, is_sparse, require_finite
@@ -80,7 +81,8 @@ class CompiledConv(_Operator):
             )
             if value != usual
         )
-        return f"{o}x{c}x{kh}x{kw} sparse convolution{extra}"
+        form = "dense" if isinstance(self.schedule, DenseSchedule) else "sparse"
+        return f"{o}x{c}x{kh}x{kw} {form} convolution{extra}"
 
     def _run(self, x: Any, out: Any, residual: Any) -> tuple[Array, _Ready | None]:
         x = as_input(x, "x")
