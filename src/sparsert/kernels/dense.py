@@ -21,8 +21,8 @@ from ..codegen.vector import Builder, Program, Row, S, check, row
 from ..target import Target
 from . import epilogue
 from .activations import ACTIVATIONS
-from .dense_arguments import Form, Line, Slot, Tap
-from .dense_image import load_tap, next_taps, stage
+from .dense_arguments import Form, Line, RowsLine, Slot, Tap
+from .dense_image import load_tap, next_taps, reach_tap, stage, walk_taps
 from .layout import transpose4
 
 UNROLL = 4
@@ -97,7 +97,7 @@ class _Program:
         self.source = VECTORS * self.rows  # vectors of B behind the accumulators, then the element of A
         self.element = self.source + VECTORS
         self.finish = {v: b.label(f"activation of {self.rows}x{v}") for v in range(1, VECTORS + 1)}
-        self.packs_first, self.image = form.b == "transposed", form.b == "image"
+        self.packs_first, self.image, self.turned = form.b == "transposed", form.b == "image", form.a == "image"
         self.choose: dict[tuple[int, bool, bool], int] = {}
 
     # ---- short words for rows of the program -----------------------------------------------------------------------
@@ -137,7 +137,8 @@ class _Program:
     # ---- loops -----------------------------------------------------------------------------------------------------
     def emit(self) -> None:
         b = self.b
-        kinds = [(*panel, packs) for panel in _PANELS for packs in (False, True) if not (packs and self.packs_first)]
+        packing = (False,) if self.packs_first or self.turned else (False, True)
+        kinds = [(*panel, packs) for panel in _PANELS for packs in packing]
         self.choose = {kind: b.label() for kind in kinds}
         pack = {v: b.label("pack transposed B") for v in range(1, VECTORS + 1)}
         b.emit("enter")
@@ -183,7 +184,7 @@ class _Program:
                   (Slot.FINAL, Slot.ZERO), (Slot.K_LEFT, Slot.K_BLOCKS), (Slot.NOW_TURNS, Slot.TURNS),
                   (Slot.NOW_REST, Slot.REST), (Slot.NOW_GROUPS, Slot.K_GROUPS), (Slot.NOW_K_TAIL, Slot.K_TAIL),
                   (Slot.NOW_K_MASK, Slot.K_MASK))  # fmt: skip
-        if self.image:
+        if self.image or self.turned:
             self.copy((Slot.LINE, Slot.LINES), (Slot.TAPS_AT, Slot.TAPS))
             stage(b, self.form, self.target)
         block, last, panels = b.label("block of K"), b.label("last block of K"), b.label()
@@ -205,6 +206,8 @@ class _Program:
         self.copy((Slot.START, Slot.NEXT))
         if self.image:
             self.advance((Slot.TAPS_AT, Slot.TAPS_K))
+        if self.turned:
+            self.advance((Slot.LINE, Slot.LINES_K))
         self.unless(Slot.FINAL, block)
 
     def _line(self) -> None:
@@ -217,6 +220,20 @@ class _Program:
             self.put(S.TMP, slot)
         b.emit("s_addi", d=S.T, disp=8 * len(Line))
         self.put(S.T, Slot.LINE)
+
+    def _line_of_rows(self) -> None:
+        """What the line of this block of rows says."""
+        b = self.b
+        self.get(S.T, Slot.LINE_ROWS)
+        for slot, word in ((Slot.NOW_TURNS, RowsLine.TURNS), (Slot.NOW_REST, RowsLine.REST),
+                           (Slot.TAPS_AT, RowsLine.TAPS)):  # fmt: skip
+            b.emit("s_load", d=S.TMP, ptr=S.T, disp=word.byte)
+            self.put(S.TMP, slot)
+        b.emit("s_load", d=S.TMP, ptr=S.T, disp=RowsLine.BIAS.byte)
+        b.emit("s_add_arg", d=S.TMP, disp=Slot.BIAS_HERE.byte)
+        self.put(S.TMP, Slot.BIAS_ROWS)
+        b.emit("s_addi", d=S.T, disp=8 * len(RowsLine))
+        self.put(S.T, Slot.LINE_ROWS)
 
     def _panels(self, pack: dict[int, int]) -> None:
         """All panels of columns, for one block of K: groups of whole ones, then the last one if it is narrower."""
@@ -274,17 +291,19 @@ class _Program:
                       (Slot.B_ACROSS, Slot.B_PANEL), (Slot.PACKING, packs))  # fmt: skip
         first = Slot.A_FROM if self.form.a == "rows" else Slot.A_BLOCK
         self.copy((Slot.A_AT, first), (Slot.C_ROWS, Slot.C_HERE), (Slot.R_ROWS, Slot.R_HERE),
-                  (Slot.BIAS_ROWS, Slot.BIAS_HERE))  # fmt: skip
+                  (Slot.BIAS_ROWS, Slot.BIAS_HERE), *(self.turned * ((Slot.LINE_ROWS, Slot.LINE),)))  # fmt: skip
         for size in ("LARGE", "SMALL"):
             over, rows = b.label(), b.label(f"{size.lower()} blocks of rows")
             self.unless(Slot[size], over)
             self.copy((Slot.ROWS_LEFT, Slot[size]))
             b.place(rows)
+            if self.turned:
+                self._line_of_rows()
             self.copy((Slot.B_AT, Slot.B_NEXT), (Slot.C_AT, Slot.C_ROWS), (Slot.R_AT, Slot.R_ROWS),
                       (Slot.BIAS_AT, Slot.BIAS_ROWS), (Slot.PANELS_LEFT, Slot.PANELS_NOW))  # fmt: skip
             plain, after = b.label(), b.label()
             across = ((Slot.C_AT, Slot.C_PANEL), (Slot.R_AT, Slot.R_PANEL), (Slot.BIAS_AT, Slot.BIAS_PANEL))
-            if not self.packs_first:
+            if not (self.packs_first or self.turned):
                 again = b.label()
                 self.unless(Slot.PACKING, plain)
                 views = self.image * ((Slot.VIEWS_AT, Slot.VIEWS_HERE),)
@@ -355,7 +374,9 @@ class _Program:
         self._start(shape)
         for register, slot in ((S.Y, Slot.A_AT), (S.PX, Slot.A_PITCH), (S.W, Slot.B_AT), (S.PY, Slot.B_STEP)):
             self.get(register, slot)
-        if self.form.a == "rows":
+        if self.turned:
+            walk_taps(b)
+        elif self.form.a == "rows":
             for register, slot in ((S.PX3, Slot.A_PITCH3), (S.PX5, Slot.A_PITCH5), (S.PX7, Slot.A_PITCH7)):
                 self.get(register, slot)
         else:
@@ -383,29 +404,32 @@ class _Program:
             yield row("s_mov", d=S.X, a=S.Y)
             yield row("s_addi", d=S.Y, disp=4 * steps)
         for k in range(steps):
+            if self.turned:
+                yield from reach_tap(k)
             if shape.packs and self.image:
                 yield from load_tap(k, range(self.source, self.source + shape.vectors), self.target)
             else:
                 for j in range(shape.vectors):
                     masked = shape.packs and shape.masked and j == shape.vectors - 1
-                    yield row("load_mask" if masked else "load", d=self.source + j, ptr=S.W, disp=j * self.tile)
+                    yield row("load_mask" if masked else "load", d=self.source + j, disp=j * self.tile,
+                              ptr=S.PX5 if self.turned else S.W)  # fmt: skip
             if shape.packs:
                 for j in range(shape.vectors):
                     yield row("store", a=self.source + j, ptr=S.PANEL, disp=(k * shape.vectors + j) * self.tile)
-            if not (shape.packs and self.image):
+            if not (self.turned or (shape.packs and self.image)):
                 yield row("s_add", d=S.W, a=S.PY)
             order = range(shape.rows)
             for i in reversed(order) if rows and k % 2 else order:  # fewer moves of a base that reaches eight rows
                 where = {"step": i, "disp": 4 * k} if rows else {"disp": 4 * i}
-                yield row("bcast", d=self.element, ptr=S.X, **where)
+                yield row("bcast", d=self.element, ptr=S.PX3 if self.turned else S.X, **where)
                 for j in range(shape.vectors):
                     yield row("fma_acc", d=shape.accumulator(i, j), a=self.source + j, b=self.element)
-            if not rows:
+            if self.form.a == "columns":
                 yield row("s_add", d=S.X, a=S.PX)
         if shape.packs:
             yield row("s_addi", d=S.PANEL, disp=steps * shape.vectors * self.tile)
-            if self.image:
-                yield row("s_addi", d=S.CONST, disp=8 * len(Tap) * steps)
+        if self.turned or (shape.packs and self.image):
+            yield row("s_addi", d=S.CONST, disp=8 * len(Tap) * steps)
 
     def _mask(self) -> None:
         self.get(S.TMP, Slot.MASK)

@@ -14,7 +14,8 @@ class Form:
     """What one code object computes; extents, pitches and batch are arguments.
 
     Attributes:
-        a: "rows" (M, K), elements of a row back to back, or "columns" (K, M).
+        a: "rows" (M, K), elements of a row back to back, "columns" (K, M), or "image": rows are the positions of a
+            convolution's output, columns its taps (:mod:`~.dense_image`).
         b: "rows" (K, N) or packed panels (panels, K, width), "transposed" (N, K), or "image": rows of K are taps of a
             convolution, each somewhere in an image, columns are the positions of its output
             (:mod:`~.dense_image`).
@@ -37,7 +38,7 @@ class Form:
     step: int = 1
 
     def __post_init__(self) -> None:
-        known = {"a": ("rows", "columns"), "b": ("rows", "transposed", "image"), "bias": (None, "rows", "columns"),
+        known = {"a": ("rows", "columns", "image"), "b": ("rows", "transposed", "image"), "bias": (None, "rows", "columns"),
                  "residual": (None, "before", "after"), "step": (1, 2)}  # fmt: skip
         for name, values in known.items():
             if getattr(self, name) not in values:
@@ -127,6 +128,7 @@ class Slot(Slots):
     VIEWS_PANEL = auto()
     VIEWS_GROUP = auto()
     VIEWS_TAIL = auto()
+    LINES_K = auto()  # from block to block of K
     STAGES = auto()  # copies that make planes of an image, 0 where it is read as it is; a line for each (:class:`Copy`)
     COPIES = auto()
     PLANES = auto()
@@ -172,7 +174,8 @@ class Slot(Slots):
     START = auto()  # 0: with the bias or a product, 1: with C, 2: anew
     FINAL = auto()  # this is the last block of K
     PACKING = auto()
-    LINE = auto()  # images: of the next block of K, its first tap, the masks of the panel,
+    LINE = auto()  # images: of the next block of K, or of rows, its first tap, the masks of the panel,
+    LINE_ROWS = auto()
     TAPS_AT = auto()
     TAPS_K = auto()
     VIEWS_HERE = auto()
@@ -181,7 +184,7 @@ class Slot(Slots):
 
 
 class Line(Slots):
-    """What differs between blocks of K of an image."""
+    """What differs between blocks of K where the second operand is an image."""
 
     TURNS = 0
     REST = auto()
@@ -189,11 +192,23 @@ class Line(Slots):
     TAPS = auto()
 
 
+class RowsLine(Slots):
+    """What differs between blocks of rows, by block of K, where the first operand is an image."""
+
+    TURNS = 0
+    REST = auto()
+    TAPS = auto()  # address of the first tap
+    BIAS = auto()  # bytes from the bias to that of these rows
+
+
 class Tap(Slots):
-    """Bytes from where a panel begins to what a tap reads, and from the masks of the panel to those of the tap."""
+    """Bytes from where a panel or a block of rows begins to what a tap reads; and the place of the rest.
+
+    That is its masks, from those of the panel on, or its row of the other operand, from the start of a packed panel.
+    """
 
     PLACE = 0
-    MASK = auto()
+    OTHER = auto()
 
 
 class Copy(Slots):

@@ -1,11 +1,11 @@
-"""The second operand of a dense convolution: rows are taps, columns are positions of the output, nothing is in memory.
+"""An operand of a dense convolution: taps by positions of the output, a matrix that is nowhere in memory.
 
 Position p of the output reads, for the tap at channel c and kernel row and column (i, j), the input at a place that is
 p plus a constant, as long as rows of the input, or of a plane made of every other of its columns, are as long as
-those of the output. A row of the operand is then a contiguous stretch of memory under a mask, which is off where the
-tap lies beside the image. The first block of rows loads these stretches and stores them to a panel; others read that.
-
-Where rows differ, strides among the reasons, planes are made first: a copy of some rows and columns of each channel.
+those of the output. Where it is the second operand, a row is then a contiguous stretch of memory under a mask, which is
+off where the tap lies beside the image. The first block of rows loads these stretches and stores them to a panel; others
+read that. As the first operand, whose elements are broadcast, it has no masks: planes with zeros are made first. So they
+are where rows differ, strides among the reasons: a copy of some rows and columns of each channel.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def next_taps(b: Builder) -> None:
 def load_tap(k: int, registers: range, target: Target) -> Iterator[Row]:
     """Vectors of the ``k``-th tap from here, of the panel at W."""
     yield row("s_load", d=S.PX3, ptr=S.CONST, disp=8 * len(Tap) * k + Tap.PLACE.byte)
-    yield row("s_load", d=S.PX5, ptr=S.CONST, disp=8 * len(Tap) * k + Tap.MASK.byte)
+    yield row("s_load", d=S.PX5, ptr=S.CONST, disp=8 * len(Tap) * k + Tap.OTHER.byte)
     yield row("s_add", d=S.PX3, a=S.W)
     yield row("s_add", d=S.PX5, a=S.PX7)
     for j, register in enumerate(registers):
@@ -48,8 +48,22 @@ def load_tap(k: int, registers: range, target: Target) -> Iterator[Row]:
             yield row("load_mask", d=register, **where)
 
 
+def walk_taps(b: Builder) -> None:
+    """Point at the taps of the block of rows."""
+    b.emit("s_arg", d=S.CONST, disp=Slot.TAPS_AT.byte)
+
+
+def reach_tap(k: int) -> Iterator[Row]:
+    """Where the ``k``-th tap from here reads the block of rows at Y (to PX3), and the panel at W (to PX5)."""
+    yield row("s_load", d=S.PX3, ptr=S.CONST, disp=8 * len(Tap) * k + Tap.PLACE.byte)
+    yield row("s_load", d=S.PX5, ptr=S.CONST, disp=8 * len(Tap) * k + Tap.OTHER.byte)
+    yield row("s_add", d=S.PX3, a=S.Y)
+    yield row("s_add", d=S.PX5, a=S.W)
+
+
 def stage(b: Builder, form: Form, target: Target) -> None:
-    """The planes of the current image, if there are to be any; B_BLOCK becomes what taps are relative to."""
+    """The planes of the current image, if there are to be any: what taps are relative to then."""
+    name = "A" if form.a == "image" else "B"
     move, channel, line, vector, tail, direct, end = (
         b.label(note) for note in ("copy to planes", "channel", "row", "", "last vector", "", "")
     )
@@ -59,7 +73,7 @@ def stage(b: Builder, form: Form, target: Target) -> None:
     b.emit("s_put", a=S.TMP, disp=Slot.COPIES_LEFT.byte)
     b.emit("s_arg", d=S.CONST, disp=Slot.COPIES.byte)
     b.place(move)
-    for register, word, base in ((S.X, Copy.FROM, Slot.B_MATRIX), (S.Y, Copy.TO, Slot.PLANES)):
+    for register, word, base in ((S.X, Copy.FROM, Slot[f"{name}_MATRIX"]), (S.Y, Copy.TO, Slot.PLANES)):
         b.emit("s_load", d=register, ptr=S.CONST, disp=word.byte)
         b.emit("s_add_arg", d=register, disp=base.byte)
     for register, word in ((S.PX, Copy.FROM_ROW), (S.PX3, Copy.TO_ROW), (S.TMP, Copy.MASKS)):
@@ -115,5 +129,5 @@ def stage(b: Builder, form: Form, target: Target) -> None:
     b.emit("jump", disp=move)
     b.place(direct)
     b.emit("s_arg", d=S.TMP, disp=Slot.PLANES.byte)
-    b.emit("s_put", a=S.TMP, disp=Slot.B_BLOCK.byte)
+    b.emit("s_put", a=S.TMP, disp=Slot[f"{name}_BLOCK"].byte)
     b.place(end)

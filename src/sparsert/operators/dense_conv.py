@@ -263,7 +263,7 @@ def image_frame(
     step = 4 * views.plane * len(planes) if planes else channel
     taps = np.empty((channels, places.size, len(Tap)), np.int64)
     taps[..., Tap.PLACE] = step * np.arange(channels)[:, None] + places
-    taps[..., Tap.MASK] = np.arange(places.size) * VECTORS * mask_bytes(target)
+    taps[..., Tap.OTHER] = np.arange(places.size) * VECTORS * mask_bytes(target)
     s[Slot.LINES], s[Slot.TAPS], s[Slot.K_BLOCKS] = table(lines), table(taps), sizes.size - 1
     masks, number = _masks(views.inside()[order], target)
     addresses = table(masks) + number * (places.size * VECTORS * mask_bytes(target))
