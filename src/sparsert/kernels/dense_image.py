@@ -64,12 +64,15 @@ def reach_tap(k: int) -> Iterator[Row]:
 def stage(b: Builder, form: Form, target: Target) -> None:
     """The planes of the current image, if there are to be any: what taps are relative to then."""
     name = "A" if form.a == "image" else "B"
-    move, channel, line, vector, tail, direct, end = (
-        b.label(note) for note in ("copy to planes", "channel", "row", "", "last vector", "", "")
+    move, channel, line, vector, tail, end = (
+        b.label(note) for note in ("copy to planes", "channel", "row", "", "last vector", "")
     )
     tile, width = target.tile_bytes, mask_bytes(target)
-    b.emit("s_arg", d=S.TMP, disp=Slot.STAGES.byte)
+    b.emit("s_arg", d=S.TMP, disp=Slot.PLANES.byte)
     b.emit("jump_zero", a=S.TMP, disp=end)
+    b.emit("s_put", a=S.TMP, disp=Slot[f"{name}_BLOCK"].byte)
+    b.emit("s_arg", d=S.TMP, disp=Slot.STAGES.byte)
+    b.emit("jump_zero", a=S.TMP, disp=end)  # nothing but padding
     b.emit("s_put", a=S.TMP, disp=Slot.COPIES_LEFT.byte)
     b.emit("s_arg", d=S.CONST, disp=Slot.COPIES.byte)
     b.place(move)
@@ -125,9 +128,6 @@ def stage(b: Builder, form: Form, target: Target) -> None:
     b.emit("s_arg", d=S.T, disp=Slot.COPIES_LEFT.byte)
     b.emit("s_addi", d=S.T, disp=-1)
     b.emit("s_put", a=S.T, disp=Slot.COPIES_LEFT.byte)
-    b.emit("jump_zero", a=S.T, disp=direct)
+    b.emit("jump_zero", a=S.T, disp=end)
     b.emit("jump", disp=move)
-    b.place(direct)
-    b.emit("s_arg", d=S.TMP, disp=Slot.PLANES.byte)
-    b.emit("s_put", a=S.TMP, disp=Slot[f"{name}_BLOCK"].byte)
     b.place(end)

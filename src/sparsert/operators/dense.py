@@ -22,7 +22,7 @@ from ..schedule.task import Task
 from ..sparsity.pattern import SparseMatrix
 from ..target import Target
 from .arrays import Array
-from .dense_parts import Blocks, Crew, Extents, Parts, Shift, blocks_of_rows, described, note, share_out
+from .dense_parts import RANGES, Blocks, Crew, Extents, Parts, Share, Shift, blocks_of_rows, described, note, share_out
 
 SHAPES = 32  # shapes and pitches whose frames are kept
 
@@ -108,15 +108,18 @@ def frame(code: Code, e: Extents, schedule: DenseSchedule, blocks: Blocks | None
     return result
 
 
-def parts(code: Code, e: Extents, schedule: DenseSchedule, crew: Crew | None, bias: Array) -> Parts:
-    """The product of such arrays, shared out; ``bias`` is what BIAS points to."""
+def parts(
+    code: Code, e: Extents, schedule: DenseSchedule, crew: Crew | None, bias: Array,
+    among: tuple[str, ...] = RANGES, make: Callable[[Share], Frame] | None = None,
+) -> Parts:  # fmt: skip
+    """The product of such arrays, shared out; ``bias`` is what BIAS points to, ``make`` what makes unusual frames."""
     form = code.form
-    shares, by = share_out(e, code.rows, code.target.lanes, crew, a=form.a, b=form.b, bias=form.bias)
-    frames: list[tuple[Frame, Shift]] = []
+    shares, by = share_out(e, code.rows, code.target.lanes, crew, a=form.a, b=form.b, bias=form.bias, among=among)
+    frames: list[tuple[Frame, Share]] = []
     for share in shares:
-        made = frame(code, share.extents, schedule, share.blocks)
+        made = make(share) if make else frame(code, share.extents, schedule, share.blocks)
         made.slots[Slot.BIAS] = address_of(bias) + share.shift.bias
-        frames.append((made, share.shift))
+        frames.append((made, share))
     return Parts(frames, code.executable.address, code.executable.call, crew, described(len(frames), by))
 
 
@@ -241,13 +244,15 @@ class DenseProduct:
         schedule = replace(self.schedule, k_block=k) if same else self.schedule  # y is not written before r is read
         return DenseBinding(self, self.code, self.linear, self.linear, self._parts(self.code, extents, schedule))
 
-    def _parts(self, code: Code, extents: Extents, schedule: DenseSchedule) -> Callable[[], Parts]:
+    def _parts(
+        self, code: Code, extents: Extents, schedule: DenseSchedule, among: tuple[str, ...] = RANGES
+    ) -> Callable[[], Parts]:
         """How to make what a call on such arrays needs."""
         bias, crew, seen = self._bias, self.crew, self.seen  # not self: a binding does not keep its product
         columns = extents.m if code.form.bias == "columns" or self.linear else extents.n
 
         def make() -> Parts:
-            made = parts(code, extents, schedule, crew, bias)
+            made = parts(code, extents, schedule, crew, bias, among)
             if len(seen) < SHAPES:
                 seen[columns] = made.how
             return made
@@ -259,13 +264,13 @@ class DenseProduct:
         _, _, pitch, step = self.values[0].get(True)
         code = code_of(self._form("columns", "columns"), self.target)
         extents = Extents(1, columns, m, k, x_pitch, pitch, spread_pitch(m), spread_pitch(m), panel=step)
-        lanes, residual = self.target.lanes, self.task.residual is not None
-        product = self._parts(code, extents, self.schedule)
+        target, crew, residual = self.target, self.crew, self.task.residual is not None
+        product = self._parts(code, extents, self.schedule, ("columns",))
 
-        def make() -> TurnedFrame:
-            return TurnedFrame(product(), m, columns, y_pitch, r_pitch, lanes, residual)
+        def make() -> Turned:
+            return Turned(product(), m, columns, y_pitch, r_pitch, target, residual, crew)
 
-        return TurnedBinding(self, code, True, True, make)
+        return DenseBinding(self, code, True, True, make)
 
     def listing(self) -> str:
         """The machine code as text, generated anew."""
@@ -286,7 +291,6 @@ class DenseBinding:
     def __init__(self, product: DenseProduct, code: Code, first: bool, panels: bool, make: Callable[[], Any]) -> None:
         self.executable, self.values, self.make = code.executable, product.values, make
         self.first, self.panels = first, panels
-        self.transpose = transposer_of(product.target).call
         self.free: list[Any] = []
 
     def call(self, xa: int, ya: int, ra: int) -> None:
@@ -296,14 +300,10 @@ class DenseBinding:
         except IndexError:
             made = self.make()
         packed, weights, _, _ = self.values[0].get(self.panels)  # held here: a refit does not free what this call reads
-        self.execute(made, *((xa, weights) if self.first else (weights, xa)), ya, ra)
+        made.point(*((xa, weights) if self.first else (weights, xa)), ya, ra)
+        made.run()
         self.free.append(made)
         del packed
-
-    def execute(self, made: Any, a: int, b: int, ya: int, ra: int) -> None:
-        """The native call."""
-        made.point(a, b, ya, ra)
-        made.run()
 
     def fixed(self, xa: int, ya: int, ra: int) -> Callable[[], None]:
         """The call for arrays that stay where they are."""
@@ -311,31 +311,52 @@ class DenseBinding:
         return lambda: call(xa, ya, ra)
 
 
-class TurnedFrame:
-    """What a transposed product needs: its own frame, scratch for the transposed y and residual, and how to turn."""
+class Turned:
+    """What a transposed product needs: its frames, scratch for the transposed y and residual, and how to turn.
+
+    Args:
+        main: the product, shared out by columns: rows of W.
+        m, columns: extents of y.
+    """
 
     def __init__(
-        self, main: Parts, m: int, columns: int, y_pitch: int, r_pitch: int, lanes: int, residual: bool
-    ) -> None:
+        self, main: Parts, m: int, columns: int, y_pitch: int, r_pitch: int, target: Target, residual: bool,
+        crew: Crew | None,
+    ) -> None:  # fmt: skip
+        pitch, lanes = spread_pitch(m), target.lanes
+        cuts = [(share.first, share.extents.n) for share in main.shares]
+        if min(n for _, n in cuts) < lanes:  # too narrow to be transposed
+            cuts = [(0, m)]
+        back = [(Shift(4 * at, at * y_pitch), transpose_slots(columns, n, pitch, y_pitch, lanes)) for at, n in cuts]
+        there = [(Shift(at * r_pitch, 4 * at), transpose_slots(n, columns, r_pitch, pitch, lanes)) for at, n in cuts]
         self.main = main
-        pitch = spread_pitch(m)
-        size = columns * pitch // 4
-        self.out = Frame(len(TransposeArg), size)
-        self.out.slots[2:] = transpose_slots(columns, m, pitch, y_pitch, lanes)
-        self.residual = Frame(len(TransposeArg), size if residual else 0)
-        if residual:
-            self.residual.slots[2:] = transpose_slots(m, columns, r_pitch, pitch, lanes)
+        self.out = aligned_empty(columns * pitch // 4)
+        self.residual = aligned_empty(columns * pitch // 4 if residual else 1)
+        self.back = _transposition(target, back, crew)
+        self.there = _transposition(target, there, crew) if residual else None
+        self.pitches = pitch, y_pitch, r_pitch
+
+    def point(self, a: int, b: int, c: int, r: int) -> None:
+        """Where x, the weights, y and the residual lie."""
+        out, residual, (pitch, y_pitch, r_pitch) = address_of(self.out), address_of(self.residual), self.pitches
+        self.main.point(a, b, out, residual)
+        self.back.point(out, c, pitch, y_pitch)
+        if self.there is not None:
+            self.there.point(r, residual, r_pitch, pitch)
+
+    def run(self) -> None:
+        """The native calls."""
+        if self.there is not None:
+            self.there.run()
+        self.main.run()
+        self.back.run()
 
 
-class TurnedBinding(DenseBinding):
-    """The transposed product, transposed back."""
-
-    def execute(self, made: TurnedFrame, a: int, b: int, ya: int, ra: int) -> None:
-        y, r = address_of(made.out.scratch), address_of(made.residual.scratch)
-        if ra:
-            made.residual.slots[:2] = ra, r
-            self.transpose(made.residual.address)
-        made.main.point(a, b, y, r)
-        made.main.run()
-        made.out.slots[:2] = y, ya
-        self.transpose(made.out.address)
+def _transposition(target: Target, cuts: list[tuple[Shift, list[int]]], crew: Crew | None) -> Parts:
+    """Transpositions whose first four slots, addresses and pitches, are told later."""
+    code, found = transposer_of(target), []
+    for shift, slots in cuts:
+        made = Frame(len(TransposeArg), 0)
+        made.slots[2:] = slots
+        found.append((made, shift))
+    return Parts(found, code.address, code.call, crew, "")

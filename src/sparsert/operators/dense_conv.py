@@ -1,9 +1,10 @@
-"""Dense convolutions: the looped form, whose second operand is made from images panel by panel (note 0015)."""
+"""Dense convolutions: the looped form, one of whose operands is an image seen as a matrix (note 0015)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,13 +12,12 @@ from numpy.typing import NDArray
 
 from ..codegen.assemble import listing
 from ..errors import InternalError
-from ..kernels.dense import UNROLL, VECTORS, generate
-from ..kernels.dense_arguments import Copy, Form, Line, Slot, Tap
-from ..kernels.dense_image import COPY_MASKS, mask_bytes
+from ..kernels.dense import VECTORS, generate
+from ..kernels.dense_arguments import Form
 from ..kernels.plan import fold_width
-from ..runtime.cpu import Frame, address_of
+from ..runtime.cpu import address_of
 from ..runtime.memory import aligned_empty
-from ..schedule.dense import DenseSchedule, choose
+from ..schedule.dense import DenseSchedule, choose, turns
 from ..schedule.task import Task
 from ..sparsity.geometry import Geometry, Padding
 from ..sparsity.pattern import SparseMatrix
@@ -25,9 +25,9 @@ from ..sparsity.taps import Window
 from ..sparsity.views import Views, full_taps
 from ..target import Target
 from .arrays import Array
-from .dense import SHAPES, Code, code_of, frame, pack_rows
-from .dense_parts import Crew, Extents, Parts, Share, Shift, described, note, share_out
-from .images import column_phases, origin
+from .dense import SHAPES, Turned, code_of, pack_panels, pack_rows, parts, spread_pitch
+from .dense_images import Image, Starts, columns_frame, positions_of, rows_frame
+from .dense_parts import Crew, Extents, Shift, blocks_of_rows, note
 
 Ints = NDArray[np.int64]
 
@@ -38,17 +38,12 @@ class Order:
 
     Attributes:
         taps: (K,) their columns of W, channel by channel.
-        borders: of the blocks of K, by group where ``own``, else one for all.
+        borders: of the blocks of K; by group where these differ, else one for all.
     """
 
     taps: Ints
     borders: tuple[tuple[int, ...], ...]
     schedule: DenseSchedule
-
-    @property
-    def own(self) -> bool:
-        """Groups have borders of their own."""
-        return len(self.borders) > 1
 
 
 def order_of(columns: int, window: Window, target: Target) -> Order:
@@ -56,17 +51,40 @@ def order_of(columns: int, window: Window, target: Target) -> Order:
     taps, width = full_taps(columns, window), VECTORS * target.tile_bytes
     order = np.argsort(taps.key, kind="stable")
     key, extent = taps.key[order], taps.extent
-    fold = fold_width(columns, extent * window.groups) if columns else 0
+    fold = fold_width(columns, extent * window.groups)
     if not fold:
         schedule = choose(columns, 0, target, width)
-        borders = (*range(0, columns, schedule.k_block), columns)
-        return Order(order, (borders,), schedule)
-    found = []
+        return Order(order, ((*range(0, columns, schedule.k_block), columns),), schedule)
+    borders = []
     for group in range(window.groups):
         cells = (key + group * extent) // fold
-        found.append((0, *(np.flatnonzero(np.diff(cells)) + 1).tolist(), columns))
-    longest = max(int(np.diff(borders).max()) for borders in found)
-    return Order(order, tuple(found), choose(columns, longest, target, width))
+        borders.append((0, *(np.flatnonzero(np.diff(cells)) + 1).tolist(), columns))
+    longest = max(high - low for some in borders for low, high in pairwise(some))
+    return Order(order, tuple(borders), choose(columns, longest, target, width))
+
+
+class Weights:
+    """W, its taps in order, in the arrangements that bindings ask for, each made when it is first asked for."""
+
+    def __init__(self, product: DenseConv, values: Array, bias: Array | None) -> None:
+        self.task, self.order, self.groups = product.task, product.order, product.window.groups
+        self.most, self.lanes, self.values, self.bias = product.code.rows, product.target.lanes, values, bias
+        self.made: dict[bool, Array] = {}
+
+    def dense(self) -> Array:
+        """(M, K)."""
+        return SparseMatrix(self.task.pattern, self.values).to_dense()[:, self.order.taps]
+
+    def get(self, panels: bool) -> Array:
+        """As panels of columns, or as blocks of rows, group by group."""
+        found = self.made.get(panels)
+        if found is None:
+            pieces = np.split(self.dense(), self.groups)
+            packed = [(pack_panels(w, self.lanes) if panels else pack_rows(w, self.most))[0] for w in pieces]
+            found = aligned_empty(sum(piece.size for piece in packed))
+            found[:] = np.concatenate([piece.reshape(-1) for piece in packed])
+            self.made[panels] = found
+        return found
 
 
 class Key(NamedTuple):
@@ -75,33 +93,37 @@ class Key(NamedTuple):
     images: int
     height: int
     width: int
-    x: tuple[int, int, int, int]  # from image to image, channel, row; and from column phase to column phase, if staged
-    y: tuple[int, int]
-    r: tuple[int, int]
+    x: tuple[int, ...]  # from image to image, channel, row; and from column phase to column phase, if those lie apart
+    y: tuple[int, ...]
+    r: tuple[int, ...]
     same: bool  # the residual is y itself
 
 
 class DenseConv:
     """A dense convolution behind a compiled operator: the same contract as the sparse product.
 
-    A product per group; images, or groups, are the matrices of a batch. Any number of threads may call at once.
+    A product per group; images, or groups, are the matrices of a batch. Where output positions would leave much of
+    their last vector empty, the transposed product is computed, image by image. Any number of threads may call at once.
     """
 
     narrowest = 0
 
     def __init__(self, task: Task, target: Target, window: Window, padding: Padding) -> None:
         self.task, self.target, self.window, self.padding = task, target, window, padding
-        t = task
-        self.form = Form("columns", "image", "rows" if t.bias else None, t.activation, t.parameters, t.residual,
-                         step=2 if window.stride[1] == 2 else 1)  # fmt: skip
+        self.form = self._form("columns", "image", "rows" if task.bias else None)
         self.code = code_of(self.form, target)
         self.order = order_of(task.pattern.cols, window, target)
         self.schedule = self.order.schedule
         self.crew: Crew | None = None
         self.seen: dict[int, str] = {}
-        self.values: list[tuple[Array, int, int]] = []  # packed, and the bytes of a block of rows and of a group
+        self.values: list[Weights] = []
         self._bias: Array = aligned_empty(0)
         self._bindings: dict[Key, ConvBinding] = {}
+
+    def _form(self, a: str, b: str, bias: str | None) -> Form:
+        t = self.task
+        step = 2 if self.window.stride[1] == 2 else 1
+        return Form(a, b, bias, t.activation, t.parameters, t.residual, step=step)
 
     def share(self, crew: Crew) -> None:
         """Calls for shapes not seen yet may use several threads."""
@@ -114,27 +136,23 @@ class DenseConv:
 
     def load(self, values: Array, bias: Array | None) -> None:
         """Pack new values; calls under way keep the ones they started with."""
-        weight = SparseMatrix(self.task.pattern, values).to_dense()[:, self.order.taps]
-        groups, (m, k) = self.window.groups, weight.shape
-        made = [pack_rows(weight[m // groups * g : m // groups * (g + 1)], self.code.rows) for g in range(groups)]
-        array = aligned_empty(sum(packed.size for packed, _, _ in made))
-        array[:] = np.concatenate([packed.reshape(-1) for packed, _, _ in made])
+        weights = Weights(self, values, bias)
+        for panels in self.values[0].made if self.values else ():
+            weights.get(panels)
         if bias is not None and not self._bias.size:
             self._bias = aligned_empty(bias.size)
             self._bias[:] = bias
-        self.values[:] = [(array, made[0][2], 4 * made[0][0].size)]
+        self.values[:] = [weights]
 
     def listing(self) -> str:
         """The machine code as text, generated anew."""
         return listing(generate(self.form, self.target).program, self.target.isa)
 
-    def geometry(self, height: int, width: int) -> Geometry:
-        """Of images of this size."""
-        size = height, width
-        return Geometry(self.window, size, self.padding.resolve(size, self.window))
-
     def bind(self, x: Array, y: Array, r: Array | None, columns: int) -> ConvBinding | None:
-        """The binding for arrays like these; None where rows of y or the residual lie apart or have to be copied."""
+        """The binding for arrays like these; None where rows of y or the residual lie apart or have to be copied.
+
+        x is 4-D, or 5-D with ``columns`` where it comes column phase by phase.
+        """
         same = r is not None and address_of(r) == address_of(y)
         if not _one_run(y) or (r is not None and not _one_run(r)) or (same and len(self.order.borders[0]) > 2):
             return None
@@ -149,7 +167,7 @@ class DenseConv:
 
     def run(self, x: Array, y: Array, r: Array | None, columns: int) -> None:
         """One call on any arrays, with copies where the kernel cannot take them."""
-        out = np.empty(y.shape, np.float32) if r is not None or not _one_run(y) else y
+        out = y if r is None and _one_run(y) else np.empty(y.shape, np.float32)
         r = r if r is None else np.ascontiguousarray(r)
         binding = self.bind(x, out, r, columns)
         if binding is None:
@@ -159,54 +177,85 @@ class DenseConv:
             y[...] = out
 
     def _binding(self, key: Key) -> ConvBinding:
-        groups, (rows, k) = self.window.groups, self.task.pattern.shape
-        g = self.geometry(key.height, key.width)
-        m, channels, positions = rows // groups, self.window.channels(k) // groups, g.out[0] * g.out[1]
-        _, block, group = self.values[0]
-        whole = Extents(key.images, m, positions, k, 4 * (block // (4 * k) if k else 0), 0, key.y[1], key.r[1], 0,
-                        key.x[0], key.y[0], key.r[0], block)  # fmt: skip
-        per_group = Shift(group, channels * key.x[1], m * key.y[1], m * key.r[1], 4 * m * self.task.bias)
-        if groups == 1:
-            calls, images = [(whole, Shift(), self.order.borders[0])], 1
-        elif self.order.own:
-            calls = [(whole, Shift(*(i * step for step in per_group)), self.order.borders[i]) for i in range(groups)]
-            images = 1
-        else:
-            a, b, c, r, bias = per_group
-            by_group = replace(whole, batch=groups, a_batch=a, b_batch=b, c_batch=c, r_batch=r, bias_batch=bias)
-            calls, images = [(by_group, Shift(), self.order.borders[0])], key.images
-        code, crew, schedule, seen, values = self.code, self.crew, self.schedule, self.seen, self._bias
+        size, k = (key.height, key.width), self.task.pattern.cols
+        geometry = Geometry(self.window, size, self.padding.resolve(size, self.window))
+        positions, rising = geometry.out[0] * geometry.out[1], min(*key.y, *key.r) >= 0
+        if rising and self.window.groups == 1 and turns(self.task.pattern.rows, positions, k, self.target):
+            return self._turned(key, geometry)
+        return self._straight(key, geometry)
 
-        def make() -> list[tuple[Parts, Shift]]:
-            found = []
-            for extents, shift, borders in calls:
-                shares, by = share_out(extents, code.rows, code.target.lanes, crew, a="columns", b="image",
-                                       bias=code.form.bias)  # fmt: skip
-                frames = []
-                for share in shares:
-                    views = Views(g, share.first, share.first + share.extents.n, key.x[2], bool(key.x[3]))
-                    made = image_frame(code, share, schedule, borders, views, channels, key.x[1], key.x[3])
-                    made.slots[Slot.BIAS] = address_of(values) + shift.bias + share.shift.bias
-                    frames.append((made, share.shift))
-                how = described(len(frames), by)
-                found.append((Parts(frames, code.executable.address, code.executable.call, crew, how), shift))
+    def _straight(self, key: Key, g: Geometry) -> ConvBinding:
+        groups, (rows, k) = self.window.groups, self.task.pattern.shape
+        m, channels, positions = rows // groups, self.window.channels(k) // groups, g.out[0] * g.out[1]
+        blocks = blocks_of_rows(m, self.code.rows)
+        block = 4 * k * blocks.size
+        whole = Extents(key.images, m, positions, k, 4 * blocks.size, 0, key.y[1], key.r[1], 0,
+                        key.x[0], key.y[0], key.r[0], block)  # fmt: skip
+        step = Shift(block * (blocks.large + blocks.small), channels * key.x[1], m * key.y[1], m * key.r[1],
+                     4 * m * self.task.bias)  # fmt: skip
+        borders = self.order.borders
+        calls = [(whole, Shift(*(i * n for n in step)), some) for i, some in enumerate(borders)]
+        one_by_one = groups > 1 and len(borders) == 1
+        if one_by_one:
+            calls = [(replace(whole, batch=groups, a_batch=step.a, b_batch=step.b, c_batch=step.c, r_batch=step.r,
+                              bias_batch=step.bias), Shift(), borders[0])]  # fmt: skip
+        code, crew, schedule, seen, bias = self.code, self.crew, self.schedule, self.seen, self._bias
+        image = Image(channels, key.x[1], key.x[3])
+
+        def make() -> list[tuple[Any, Shift]]:
+            found: list[tuple[Any, Shift]] = []
+            for extents, shift, some in calls:
+                made = parts(
+                    code, extents, schedule, crew, bias[shift.bias // 4 :],
+                    make=lambda share, some=some: columns_frame(code, share, schedule, some, _views(key, g, share.first, share.extents.n), image),
+                )  # fmt: skip
+                found.append((made, shift))
                 if len(seen) < SHAPES:
-                    seen[positions] = how
+                    seen[positions] = made.how
             return found
 
-        return ConvBinding(self, make, images, (key.x[0], key.y[0], key.r[0]))
+        return ConvBinding(self, make, key, one_by_one, False)
+
+    def _turned(self, key: Key, g: Geometry) -> ConvBinding:
+        m, k = self.task.pattern.shape
+        positions, channels = g.out[0] * g.out[1], self.window.channels(k)
+        code = code_of(self._form("image", "rows", "columns"), self.target)
+        views = replace(_views(key, g, 0, positions), padded=True)
+        rows = positions_of(views, code.rows)
+        width, pitch = VECTORS * self.target.lanes, spread_pitch(m)
+        extents = Extents(1, positions, m, k, 0, 4 * width, pitch, pitch, panel=4 * width * k)
+        crew, schedule, seen, target = self.crew, self.schedule, self.seen, self.target
+        borders, residual, image = self.order.borders[0], self.task.residual is not None, Image(channels, key.x[1], key.x[3])
+
+        def make() -> list[tuple[Any, Shift]]:
+            starts = Starts(rows, m, len(views.places()))
+            main = parts(
+                code, extents, schedule, crew, starts.array, ("columns",),
+                lambda share: rows_frame(code, share, schedule, borders, views, rows, image, m),
+            )  # fmt: skip
+            if len(seen) < SHAPES:
+                seen[positions] = main.how
+            made = Turned(main, m, positions, key.y[1], key.r[1], target, residual, crew)
+            made.starts = starts
+            return [(made, Shift())]
+
+        return ConvBinding(self, make, key, True, True)
 
 
 class ConvBinding:
-    """The convolution for arrays of one shape and pitch; ``images``: how often its calls are repeated."""
+    """The convolution for arrays of one shape and pitch.
+
+    Args:
+        one_by_one: a native call takes one image.
+        turned: it computes the transposed product.
+    """
 
     def __init__(
-        self, product: DenseConv, make: Callable[[], list[tuple[Parts, Shift]]], images: int,
-        steps: tuple[int, int, int],
-    ) -> None:  # fmt: skip
-        self.values, self.make, self.images, self.steps = product.values, make, images, steps
-        self.code = product.code
-        self.free: list[list[tuple[Parts, Shift]]] = []
+        self, product: DenseConv, make: Callable[[], list[tuple[Any, Shift]]], key: Key, one_by_one: bool, turned: bool
+    ) -> None:
+        self.values, self.make, self.turned = product.values, make, turned
+        self.images, self.steps = key.images if one_by_one else 1, (key.x[0], key.y[0], key.r[0])
+        self.free: list[list[tuple[Any, Shift]]] = []
 
     def call(self, xa: int, ya: int, ra: int) -> None:
         """One call with x, y and the residual (0: none) at these addresses."""
@@ -214,13 +263,18 @@ class ConvBinding:
             made = self.free.pop()
         except IndexError:
             made = self.make()
-        packed, _, _ = self.values[0]  # held here: a refit does not free what this call reads
-        weights, (dx, dy, dr) = address_of(packed), self.steps
+        weights = self.values[0]
+        packed = weights.get(self.turned)  # held here: a refit does not free what this call reads
+        wa, (dx, dy, dr) = address_of(packed), self.steps
         for image in range(self.images):
-            for parts, shift in made:
-                parts.point(weights + shift.a, xa + image * dx + shift.b, ya + image * dy + shift.c,
-                            ra + image * dr + shift.r)  # fmt: skip
-                parts.run()
+            for part, shift in made:
+                if self.turned:
+                    part.starts.update(weights)
+                    part.point(xa + image * dx, wa, ya + image * dy, ra + image * dr)
+                else:
+                    part.point(wa + shift.a, xa + image * dx + shift.b, ya + image * dy + shift.c,
+                               ra + image * dr + shift.r)  # fmt: skip
+                part.run()
         self.free.append(made)
         del packed
 
@@ -230,102 +284,8 @@ class ConvBinding:
         return lambda: call(xa, ya, ra)
 
 
-def image_frame(
-    code: Code, share: Share, schedule: DenseSchedule, borders: tuple[int, ...], views: Views, channels: int,
-    channel: int, phase: int,
-) -> Frame:  # fmt: skip
-    """An argument block, tables and planes for a part of a convolution.
-
-    Args:
-        borders: of the blocks of K.
-        channels: of a group.
-        channel, phase: bytes from channel to channel of an image, and from column phase to column phase.
-    """
-    target, e = code.target, share.extents
-    k_block = max(b - a for a, b in zip(borders, borders[1:], strict=False)) if len(borders) > 1 else 1
-    made = frame(code, e, replace(schedule, k_block=k_block), share.blocks)
-    s, kept = made.slots, list[Any]()
-
-    def table(array: NDArray[Any]) -> int:
-        """Kept beside the frame."""
-        memory = aligned_empty(max(array.size, 1), array.dtype)
-        memory[: array.size] = array.reshape(-1)
-        kept.append(memory)
-        return address_of(memory)
-
-    sizes = np.diff(borders)
-    lines = np.zeros((sizes.size, len(Line)), np.int64)
-    lines[:, Line.TURNS], lines[:, Line.REST] = np.divmod(sizes, UNROLL)
-    lines[:, Line.A], lines[:, Line.TAPS] = sizes * e.a_pitch, sizes * 8 * len(Tap)
-    planes = views.planes
-    order = np.argsort(full_taps(len(views.places()), views.geometry.window).key, kind="stable")
-    places = views.places()[order]
-    step = 4 * views.plane * len(planes) if planes else channel
-    taps = np.empty((channels, places.size, len(Tap)), np.int64)
-    taps[..., Tap.PLACE] = step * np.arange(channels)[:, None] + places
-    taps[..., Tap.OTHER] = np.arange(places.size) * VECTORS * mask_bytes(target)
-    s[Slot.LINES], s[Slot.TAPS], s[Slot.K_BLOCKS] = table(lines), table(taps), sizes.size - 1
-    masks, number = _masks(views.inside()[order], target)
-    addresses = table(masks) + number * (places.size * VECTORS * mask_bytes(target))
-    whole = e.n // (VECTORS * target.lanes)
-    s[Slot.VIEWS] = table(addresses)
-    s[Slot.VIEWS_PANEL], s[Slot.VIEWS_GROUP], s[Slot.VIEWS_TAIL] = 8, 8 * s[Slot.GROUP], 8 * whole
-    s[Slot.B_K], s[Slot.PACK], s[Slot.PACK_TAIL], s[Slot.CHANNELS] = 0, 1, 1, channels
-    if planes:
-        memory = aligned_empty(channels * len(planes) * views.plane)
-        copies, ends = _copies(views, channel, phase, target)
-        kept.append(memory)
-        copies[:, Copy.MASKS] += table(ends)
-        s[Slot.STAGES], s[Slot.COPIES], s[Slot.PLANES] = len(copies), table(copies), address_of(memory)
-        if not len(copies):  # nothing but padding: no plane is read
-            s[Slot.STAGES] = 0
-    made.kept = kept
-    return made
-
-
-def _masks(inside: NDArray[np.bool_], target: Target) -> tuple[NDArray[Any], Ints]:
-    """(different panels, places, vectors, ...): masks as they lie in memory, and which of these a panel has."""
-    places, n = inside.shape
-    width = VECTORS * target.lanes
-    panels = -(-n // width)
-    padded = np.zeros((places, panels * width), bool)
-    padded[:, :n] = inside
-    by_panel = padded.reshape(places, panels, width).transpose(1, 0, 2)
-    found, number = np.unique(by_panel.reshape(panels, -1), axis=0, return_inverse=True)
-    return _stored(found.reshape(-1, target.lanes), target), np.asarray(number, np.int64).reshape(-1)
-
-
-def _stored(masks: NDArray[np.bool_], target: Target) -> NDArray[Any]:
-    """(n, lanes) as the kernels read them: bits, or vectors of signs."""
-    return np.packbits(masks, 1, "little") if target.masks else np.where(masks, -1, 0).astype(np.int32)
-
-
-def _copies(views: Views, channel: int, phase: int, target: Target) -> tuple[Ints, NDArray[Any]]:
-    """Lines for the planes of a channel, with the offsets of their masks in the second array."""
-    g, lanes = views.geometry, target.lanes
-    (sh, sw), step, size = g.window.stride, 1 if phase else g.window.stride[1], 4 * views.plane
-    copies, masks = [], []
-    for number, plane in enumerate(views.planes):
-        rows, columns = plane.rows, plane.columns
-        if not rows.count or not columns.count:
-            continue
-        vectors = (columns.count - 1) // lanes
-        tail = columns.count - vectors * lanes
-        at = 4 * columns.first
-        if phase:
-            own = next(i for i, p in enumerate(column_phases(g.window)) if (columns.first - origin(g, p)) % sw == 0)
-            at = own * phase + 4 * ((columns.first - origin(g, column_phases(g.window)[own])) // sw)
-        line = np.zeros(len(Copy), np.int64)
-        line[Copy.FROM], line[Copy.TO] = rows.first * views.row + at, number * size + 4 * plane.at
-        line[Copy.ROWS], line[Copy.VECTORS] = rows.count, vectors
-        line[Copy.FROM_ROW], line[Copy.TO_ROW] = sh * views.row, 4 * g.out[1]
-        line[Copy.FROM_CHANNEL], line[Copy.TO_CHANNEL] = channel, size * len(views.planes)
-        line[Copy.MASKS] = len(copies) * COPY_MASKS * mask_bytes(target)
-        copies.append(line)
-        wanted, lane = (tail - 1) * step + 1, np.arange(lanes)
-        masks += [lane < wanted, lane + lanes < wanted, lane < tail]
-    stored = _stored(np.array(masks, bool).reshape(-1, lanes), target)
-    return np.array(copies, np.int64).reshape(-1, len(Copy)), stored
+def _views(key: Key, geometry: Geometry, first: int, count: int) -> Views:
+    return Views(geometry, first, first + count, key.x[2], bool(key.x[3]))
 
 
 def _one_run(array: Array) -> bool:

@@ -13,6 +13,8 @@ from ..runtime.workers import Pool, job
 from ..schedule.cost import LEAST_SHARE
 
 MOST_PARTS = 256
+RANGES = ("matrices", "columns", "rows")
+"""What parts may be ranges of."""
 _ROWS_COST = 1.02  # each range of rows packs the columns for itself
 
 
@@ -102,13 +104,15 @@ class Crew(NamedTuple):
 
 
 def share_out(
-    e: Extents, most: int, lanes: int, crew: Crew | None, *, a: str, b: str, bias: str | None
-) -> tuple[list[Share], str]:
+    e: Extents, most: int, lanes: int, crew: Crew | None, *, a: str, b: str, bias: str | None,
+    among: tuple[str, ...] = RANGES,
+) -> tuple[list[Share], str]:  # fmt: skip
     """The parts of a product, and what they are ranges of.
 
     Args:
         most: rows of the largest block.
         a, b, bias: how the operands are stored, as :class:`~.kernels.dense_arguments.Form` says.
+        among: what to choose from.
     """
     blocks, width = blocks_of_rows(e.m, most), VECTORS * lanes
     work = e.batch * e.m * e.k * -(-e.n // lanes)
@@ -119,7 +123,7 @@ def share_out(
         """The part of the work that the slowest thread has."""
         return -(-units[kind] // parts) / units[kind] * (_ROWS_COST if kind == "rows" and not e.panel else 1.0)
 
-    by = min(units, key=longest)
+    by = min(among, key=longest)
     parts = min(parts, units[by])
     if parts < 2:
         return [Share(e, blocks, Shift())], ""
@@ -145,20 +149,20 @@ class Parts:
     """Frames for arrays of one shape, and the native call on all of them. One caller at a time has them to itself.
 
     Args:
-        frames: of each part, and how far its operands lie behind the whole's.
+        frames: of each part, and its share, or how far its operands lie behind the whole's.
         address, call: of the code that all of them run.
         how: in words, how the call is shared out.
     """
 
-    __slots__ = ("_address", "_call", "_frames", "_job", "_pool", "how", "nbytes")
+    __slots__ = ("_address", "_call", "_frames", "_job", "_pool", "how", "shares")
 
     def __init__(
-        self, frames: Sequence[tuple[Frame, Shift]], address: int, call: Callable[[int], None], crew: Crew | None,
-        how: str,
+        self, frames: Sequence[tuple[Frame, Share] | tuple[Frame, Shift]], address: int,
+        call: Callable[[int], None], crew: Crew | None, how: str,
     ) -> None:  # fmt: skip
-        self.how = how
-        self._frames = [(frame.point, *shift[:4]) for frame, shift in frames]
-        self.nbytes = sum(frame.nbytes for frame, _ in frames)
+        self.how, self.shares = how, [share for _, share in frames if isinstance(share, Share)]
+        shifts = [share.shift if isinstance(share, Share) else share for _, share in frames]
+        self._frames = [(frame.point, *shift[:4]) for (frame, _), shift in zip(frames, shifts, strict=True)]
         self._pool = None if crew is None or len(frames) < 2 else crew.pool()
         if self._pool is None:
             self._address, self._call = frames[0][0].address, call

@@ -49,6 +49,7 @@ class Views:
     Attributes:
         row: bytes from row to row of an image.
         staged: columns of an image are apart already, phase by phase (a stride without a shuffle).
+        padded: there are planes with zeros, so that nothing needs a mask.
     """
 
     geometry: Geometry
@@ -56,6 +57,7 @@ class Views:
     last: int
     row: int
     staged: bool = False
+    padded: bool = False
 
     @cached_property
     def _span(self) -> tuple[int, int]:
@@ -70,14 +72,14 @@ class Views:
         g = self.geometry
         one_row = g.out[0] == 1
         aligned = g.window.stride[0] == 1 and g.size[1] == g.out[1] and self.row == 4 * g.out[1]
-        return g.window.stride[1] == 1 and not self.staged and (one_row or aligned)
+        return g.window.stride[1] == 1 and not (self.staged or self.padded) and (one_row or aligned)
 
     @cached_property
     def shifted(self) -> bool:
         """There is a plane per column of the kernel, not per column phase."""
         g = self.geometry
         needed = g.out[1] + g.reach[1]
-        return any(g.run(1, column, 0, needed).count > g.out[1] for _, column in g.window.phases)
+        return self.padded or any(g.run(1, column, 0, needed).count > g.out[1] for _, column in g.window.phases)
 
     @cached_property
     def _columns(self) -> list[int]:
