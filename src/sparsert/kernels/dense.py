@@ -22,7 +22,7 @@ from ..target import Target
 from . import epilogue
 from .activations import ACTIVATIONS
 from .dense_arguments import Form, Line, RowsLine, Slot, Tap
-from .dense_image import load_tap, next_taps, reach_tap, stage, walk_taps
+from .dense_image import load_tap, look_ahead, next_taps, reach_tap, stage, walk_taps
 from .layout import transpose4
 
 UNROLL = 4
@@ -226,12 +226,14 @@ class _Program:
         b = self.b
         self.get(S.T, Slot.LINE_ROWS)
         for slot, word in ((Slot.NOW_TURNS, RowsLine.TURNS), (Slot.NOW_REST, RowsLine.REST),
-                           (Slot.TAPS_AT, RowsLine.TAPS)):  # fmt: skip
+                           (Slot.TAPS_AT, RowsLine.TAPS), (Slot.AHEAD_STEP, RowsLine.AHEAD_STEP)):  # fmt: skip
             b.emit("s_load", d=S.TMP, ptr=S.T, disp=word.byte)
             self.put(S.TMP, slot)
-        b.emit("s_load", d=S.TMP, ptr=S.T, disp=RowsLine.BIAS.byte)
-        b.emit("s_add_arg", d=S.TMP, disp=Slot.BIAS_HERE.byte)
-        self.put(S.TMP, Slot.BIAS_ROWS)
+        for slot, word, base in ((Slot.BIAS_ROWS, RowsLine.BIAS, Slot.BIAS_HERE),
+                                 (Slot.AHEAD, RowsLine.AHEAD, Slot.B_HERE)):  # fmt: skip
+            b.emit("s_load", d=S.TMP, ptr=S.T, disp=word.byte)
+            b.emit("s_add_arg", d=S.TMP, disp=base.byte)
+            self.put(S.TMP, slot)
         b.emit("s_addi", d=S.T, disp=8 * len(RowsLine))
         self.put(S.T, Slot.LINE_ROWS)
 
@@ -428,6 +430,8 @@ class _Program:
                 yield row("s_add", d=S.X, a=S.PX)
         if shape.packs:
             yield row("s_addi", d=S.PANEL, disp=steps * shape.vectors * self.tile)
+        if self.turned and steps > 1:
+            yield from look_ahead()
         if self.turned or (shape.packs and self.image):
             yield row("s_addi", d=S.CONST, disp=8 * len(Tap) * steps)
 

@@ -176,6 +176,8 @@ class Slot(Slots):
     PACKING = auto()
     LINE = auto()  # images: of the next block of K, or of rows, its first tap, the masks of the panel,
     LINE_ROWS = auto()
+    AHEAD = auto()
+    AHEAD_STEP = auto()
     TAPS_AT = auto()
     TAPS_K = auto()
     VIEWS_HERE = auto()
@@ -199,6 +201,8 @@ class RowsLine(Slots):
     REST = auto()
     TAPS = auto()  # address of the first tap
     BIAS = auto()  # bytes from the bias to that of these rows
+    AHEAD = auto()  # and from the panel to what is prefetched meanwhile; by how much that moves on in a turn
+    AHEAD_STEP = auto()
 
 
 class Tap(Slots):

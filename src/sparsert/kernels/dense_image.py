@@ -16,6 +16,9 @@ from ..codegen.vector import Builder, Row, S, row
 from ..target import Target
 from .dense_arguments import Copy, Form, Slot, Tap
 
+LINE = 64  # bytes of a cache line
+AHEAD_LINES = 2
+"""Cache lines that are prefetched in a turn of the inner loop."""
 COPY_MASKS = 3
 """Of the last vector of a row that is copied: as it is loaded, in up to two parts, and as it is stored."""
 
@@ -49,8 +52,16 @@ def load_tap(k: int, registers: range, target: Target) -> Iterator[Row]:
 
 
 def walk_taps(b: Builder) -> None:
-    """Point at the taps of the block of rows."""
-    b.emit("s_arg", d=S.CONST, disp=Slot.TAPS_AT.byte)
+    """Point at the taps of the block of rows, and at what is prefetched beside it."""
+    for register, slot in ((S.CONST, Slot.TAPS_AT), (S.PX7, Slot.AHEAD), (S.PX, Slot.AHEAD_STEP)):
+        b.emit("s_arg", d=register, disp=slot.byte)
+
+
+def look_ahead() -> Iterator[Row]:
+    """A part of the next panel to the second-level cache: all blocks of rows read this one, the first from afar."""
+    for line in range(AHEAD_LINES):
+        yield row("prefetch", ptr=S.PX7, disp=line * LINE)
+    yield row("s_add", d=S.PX7, a=S.PX)
 
 
 def reach_tap(k: int) -> Iterator[Row]:

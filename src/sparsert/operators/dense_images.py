@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ..kernels.dense import UNROLL, VECTORS
 from ..kernels.dense_arguments import Copy, Line, RowsLine, Slot, Tap
-from ..kernels.dense_image import COPY_MASKS, mask_bytes
+from ..kernels.dense_image import AHEAD_LINES, COPY_MASKS, LINE, mask_bytes
 from ..runtime.cpu import Frame, address_of
 from ..runtime.memory import aligned_empty
 from ..schedule.dense import DenseSchedule
@@ -198,7 +198,7 @@ def rows_frame(
 ) -> Frame:  # fmt: skip
     """What a product whose first operand is an image needs, for a part of the rows of W; ``m``: all of them."""
     sizes = np.diff(borders)
-    made = frame(code, share.extents, replace(schedule, k_block=int(sizes.max())), rows.blocks)
+    made = frame(code, share.extents, replace(schedule, k_block=int(sizes.max()), panels=1), rows.blocks)
     s, tables = made.slots, Tables(made)
     taps, order = _taps(views, image)
     taps = taps.reshape(-1, len(Tap))
@@ -212,6 +212,13 @@ def rows_frame(
                             (RowsLine.TAPS, address + 8 * len(Tap) * (np.cumsum(counts) - counts))):  # fmt: skip
             lines[:, of_kind, word] = value[:, None]
         lines[:, of_kind, RowsLine.BIAS] = 4 * m * kind
+    # Each block of rows prefetches a part of the next panel, until all of it is.
+    line = VECTORS * code.target.tile_bytes
+    reached = np.cumsum(lines[..., RowsLine.TURNS], 1) - lines[..., RowsLine.TURNS]
+    reached *= AHEAD_LINES * LINE
+    wanted = reached < line * sizes[:, None]
+    lines[..., RowsLine.AHEAD] = s[Slot.B_GROUP] + line * np.array(borders[:-1])[:, None] + reached * wanted
+    lines[..., RowsLine.AHEAD_STEP] = AHEAD_LINES * LINE * wanted
     s[Slot.LINES], s[Slot.LINES_K] = tables.add(lines), lines[0].nbytes
     s[Slot.K_BLOCKS], s[Slot.B_K], s[Slot.CHANNELS] = len(sizes) - 1, 0, image.channels
     tables.planes(views, image, code.target)
