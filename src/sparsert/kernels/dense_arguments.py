@@ -38,8 +38,8 @@ class Form:
     step: int = 1
 
     def __post_init__(self) -> None:
-        known = {"a": ("rows", "columns", "image"), "b": ("rows", "transposed", "image"), "bias": (None, "rows", "columns"),
-                 "residual": (None, "before", "after"), "step": (1, 2)}  # fmt: skip
+        known = {"a": ("rows", "columns", "image"), "b": ("rows", "transposed", "image"),
+                 "bias": (None, "rows", "columns"), "residual": (None, "before", "after"), "step": (1, 2)}  # fmt: skip
         for name, values in known.items():
             if getattr(self, name) not in values:
                 raise UnsupportedError(f"{name}={getattr(self, name)!r}", where=name, hint=f"Known: {values}.")

@@ -1,11 +1,11 @@
 """An operand of a dense convolution: taps by positions of the output, a matrix that is nowhere in memory.
 
 Position p of the output reads, for the tap at channel c and kernel row and column (i, j), the input at a place that is
-p plus a constant, as long as rows of the input, or of a plane made of every other of its columns, are as long as
-those of the output. Where it is the second operand, a row is then a contiguous stretch of memory under a mask, which is
-off where the tap lies beside the image. The first block of rows loads these stretches and stores them to a panel; others
-read that. As the first operand, whose elements are broadcast, it has no masks: planes with zeros are made first. So they
-are where rows differ, strides among the reasons: a copy of some rows and columns of each channel.
+p plus a constant, as long as rows of the input, or of a plane made of every other of its columns, are as long as those
+of the output. Where this is the second operand, a row is then a contiguous stretch of memory under a mask, which is off
+where the tap lies beside the image. The first block of rows loads these stretches and stores them to a panel; others
+read that. As the first operand, whose elements are broadcast, it has no masks: planes with zeros are made first. So
+they are where rows differ, strides among the reasons: a copy of some rows and columns of each channel.
 """
 
 from __future__ import annotations

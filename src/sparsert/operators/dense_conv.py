@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +16,7 @@ from ..errors import InternalError
 from ..kernels.dense import VECTORS, generate
 from ..kernels.dense_arguments import Form
 from ..kernels.plan import fold_width
-from ..runtime.cpu import address_of
+from ..runtime.cpu import Frame, address_of
 from ..runtime.memory import aligned_empty
 from ..schedule.dense import DenseSchedule, choose, turns
 from ..schedule.task import Task
@@ -27,8 +28,9 @@ from ..target import Target
 from .arrays import Array
 from .dense import SHAPES, Turned, code_of, pack_panels, pack_rows, parts, spread_pitch
 from .dense_images import Image, Starts, columns_frame, positions_of, rows_frame
-from .dense_parts import Crew, Extents, Shift, blocks_of_rows, note
+from .dense_parts import Crew, Extents, Parts, Share, Shift, blocks_of_rows, note
 
+_KEPT_BYTES = 32 << 20
 Ints = NDArray[np.int64]
 
 
@@ -57,8 +59,9 @@ def order_of(columns: int, window: Window, target: Target) -> Order:
         return Order(order, ((*range(0, columns, schedule.k_block), columns),), schedule)
     borders = []
     for group in range(window.groups):
-        cells = (key + group * extent) // fold
-        borders.append((0, *(np.flatnonzero(np.diff(cells)) + 1).tolist(), columns))
+        pieces = -(-extent * window.groups // fold)  # those of other groups are empty, but the first brings the bias
+        cuts = np.searchsorted(key + group * extent, fold * np.arange(pieces + 1))
+        borders.append(tuple(cuts.tolist()))
     longest = max(high - low for some in borders for low, high in pairwise(some))
     return Order(order, tuple(borders), choose(columns, longest, target, width))
 
@@ -119,6 +122,7 @@ class DenseConv:
         self.values: list[Weights] = []
         self._bias: Array = aligned_empty(0)
         self._bindings: dict[Key, ConvBinding] = {}
+        self._kept = 0  # bytes of scratch in bindings, roughly
 
     def _form(self, a: str, b: str, bias: str | None) -> Form:
         t = self.task
@@ -160,8 +164,10 @@ class DenseConv:
                   y.strides[:2], (0, 0) if r is None else r.strides[:2], same)  # fmt: skip
         binding = self._bindings.get(key)
         if binding is None:
-            if len(self._bindings) >= SHAPES:
+            self._kept += 4 * x[0].size  # planes of an image take about as much, in every binding
+            if len(self._bindings) >= SHAPES or self._kept > _KEPT_BYTES:
                 self._bindings.clear()
+                self._kept = 4 * x[0].size
             binding = self._bindings[key] = self._binding(key)
         return binding
 
@@ -202,14 +208,15 @@ class DenseConv:
         code, crew, schedule, seen, bias = self.code, self.crew, self.schedule, self.seen, self._bias
         image = Image(channels, key.x[1], key.x[3])
 
-        def make() -> list[tuple[Any, Shift]]:
-            found: list[tuple[Any, Shift]] = []
+        def frame(some: tuple[int, ...], share: Share) -> Frame:
+            return columns_frame(code, share, schedule, some, _views(key, g, share.first, share.extents.n), image)
+
+        def make() -> list[Step]:
+            found = []
             for extents, shift, some in calls:
-                made = parts(
-                    code, extents, schedule, crew, bias[shift.bias // 4 :],
-                    make=lambda share, some=some: columns_frame(code, share, schedule, some, _views(key, g, share.first, share.extents.n), image),
-                )  # fmt: skip
-                found.append((made, shift))
+                own = bias[shift.bias // 4 :]
+                made = parts(code, extents, schedule, crew, own, make=partial(frame, some))
+                found.append(Step(made, shift))
                 if len(seen) < SHAPES:
                     seen[positions] = made.how
             return found
@@ -225,9 +232,10 @@ class DenseConv:
         width, pitch = VECTORS * self.target.lanes, spread_pitch(m)
         extents = Extents(1, positions, m, k, 0, 4 * width, pitch, pitch, panel=4 * width * k)
         crew, schedule, seen, target = self.crew, self.schedule, self.seen, self.target
-        borders, residual, image = self.order.borders[0], self.task.residual is not None, Image(channels, key.x[1], key.x[3])
+        borders, residual = self.order.borders[0], self.task.residual is not None
+        image = Image(channels, key.x[1], key.x[3])
 
-        def make() -> list[tuple[Any, Shift]]:
+        def make() -> list[Step]:
             starts = Starts(rows, m, len(views.places()))
             main = parts(
                 code, extents, schedule, crew, starts.array, ("columns",),
@@ -235,11 +243,17 @@ class DenseConv:
             )  # fmt: skip
             if len(seen) < SHAPES:
                 seen[positions] = main.how
-            made = Turned(main, m, positions, key.y[1], key.r[1], target, residual, crew)
-            made.starts = starts
-            return [(made, Shift())]
+            return [Step(Turned(main, m, positions, key.y[1], key.r[1], target, residual, crew), Shift(), starts)]
 
         return ConvBinding(self, make, key, True, True)
+
+
+class Step(NamedTuple):
+    """A native call, or a few, for all groups or one; a transposed product has sums that begin with ``starts``."""
+
+    product: Parts | Turned
+    shift: Shift
+    starts: Starts | None = None
 
 
 class ConvBinding:
@@ -251,11 +265,11 @@ class ConvBinding:
     """
 
     def __init__(
-        self, product: DenseConv, make: Callable[[], list[tuple[Any, Shift]]], key: Key, one_by_one: bool, turned: bool
+        self, product: DenseConv, make: Callable[[], list[Step]], key: Key, one_by_one: bool, turned: bool
     ) -> None:
         self.values, self.make, self.turned = product.values, make, turned
         self.images, self.steps = key.images if one_by_one else 1, (key.x[0], key.y[0], key.r[0])
-        self.free: list[list[tuple[Any, Shift]]] = []
+        self.free: list[list[Step]] = []
 
     def call(self, xa: int, ya: int, ra: int) -> None:
         """One call with x, y and the residual (0: none) at these addresses."""
@@ -267,14 +281,14 @@ class ConvBinding:
         packed = weights.get(self.turned)  # held here: a refit does not free what this call reads
         wa, (dx, dy, dr) = address_of(packed), self.steps
         for image in range(self.images):
-            for part, shift in made:
-                if self.turned:
-                    part.starts.update(weights)
-                    part.point(xa + image * dx, wa, ya + image * dy, ra + image * dr)
+            x, y, r = xa + image * dx, ya + image * dy, ra + image * dr
+            for product, shift, starts in made:
+                if starts is None:
+                    product.point(wa + shift.a, x + shift.b, y + shift.c, r + shift.r)
                 else:
-                    part.point(wa + shift.a, xa + image * dx + shift.b, ya + image * dy + shift.c,
-                               ra + image * dr + shift.r)  # fmt: skip
-                part.run()
+                    starts.update(weights)
+                    product.point(x, wa, y, r)
+                product.run()
         self.free.append(made)
         del packed
 
@@ -290,4 +304,4 @@ def _views(key: Key, geometry: Geometry, first: int, count: int) -> Views:
 
 def _one_run(array: Array) -> bool:
     """Rows of each plane follow each other without a gap."""
-    return array.shape[2] <= 1 or array.strides[2] == 4 * array.shape[3]
+    return bool(array.shape[2] <= 1 or array.strides[2] == 4 * array.shape[3])

@@ -31,7 +31,7 @@ Ints = NDArray[np.int64]
 
 
 class Image(NamedTuple):
-    """An image of x: its channels (of one group), and bytes between them and between column phases, if those lie apart."""
+    """An image of x: channels (of a group), bytes between these, and between column phases if they lie apart."""
 
     channels: int
     channel: int
@@ -79,7 +79,7 @@ def _copies(views: Views, image: Image, target: Target) -> tuple[Ints, NDArray[A
     """Lines for the planes of a channel, with the offsets of their masks in the second array."""
     g, lanes = views.geometry, target.lanes
     (sh, sw), step, size = g.window.stride, 1 if image.phase else g.window.stride[1], 4 * views.plane
-    copies, masks = [], []
+    copies, masks = list[Ints](), list[NDArray[np.bool_]]()
     for number, plane in enumerate(views.planes):
         rows, columns = plane.rows, plane.columns
         if not rows.count or not columns.count:
@@ -146,8 +146,6 @@ def _masks(inside: NDArray[np.bool_], target: Target) -> tuple[NDArray[Any], Int
     return _stored(found.reshape(-1, target.lanes), target), np.asarray(number, np.int64).reshape(-1)
 
 
-
-
 class Positions(NamedTuple):
     """How positions are cut into blocks.
 
@@ -185,7 +183,8 @@ class Starts:
         if self.made_for is weights:
             return
         matrix, bias = SparseMatrix(weights.task.pattern, weights.values).to_dense(), weights.bias
-        by_place = (matrix.reshape(self.m, -1, self.places) > 0).any(1)
+        # A zero of the padding times a weight is a zero of the weight's sign, and of zeros one +0 makes the sum +0.
+        by_place: NDArray[np.bool_] = np.any(~np.signbit(matrix.reshape(self.m, -1, self.places)), axis=1)
         for row, places in zip(self.array.reshape(-1, self.m), self.rows.skipped, strict=True):
             row[:] = -0.0 if bias is None else bias
             row[by_place[:, list(places)].any(1)] += np.float32(0)
@@ -207,7 +206,7 @@ def rows_frame(
     for kind, places in enumerate(rows.skipped):
         kept = np.tile(~np.isin(order, places), image.channels)
         address, of_kind = tables.add(taps[kept]), np.array(rows.kinds) == kind
-        counts = np.add.reduceat(kept, borders[:-1], dtype=np.int64)
+        counts = np.diff(np.concatenate([[0], np.cumsum(kept)])[np.array(borders)])
         for word, value in ((RowsLine.TURNS, counts // UNROLL), (RowsLine.REST, counts % UNROLL),
                             (RowsLine.TAPS, address + 8 * len(Tap) * (np.cumsum(counts) - counts))):  # fmt: skip
             lines[:, of_kind, word] = value[:, None]
