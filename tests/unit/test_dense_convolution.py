@@ -50,7 +50,7 @@ def fits(c: dict[str, Any]) -> bool:
 
 
 def always(m: int, columns: int, k: int, target: Any) -> bool:
-    """In the place of :func:`turns`: wherever the transposed product can be computed."""
+    """In the place of :func:`turns_image`: wherever the transposed product can be computed."""
     return m >= target.lanes and columns >= target.lanes
 
 
@@ -61,7 +61,7 @@ def test_drawn_convolutions(
     target: str, turned: bool, part: int, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The float64 form, and the bits of the sparse one: with x as it is, with gaps, and into strided arrays."""
-    monkeypatch.setattr(dense_conv, "turns", always if turned else lambda *_: False)
+    monkeypatch.setattr(dense_conv, "turns_image", always if turned else lambda *_: False)
     for _ in range(10):
         c = drawn(rng)
         c["outputs"] += 20 * (c["groups"] == 1)

@@ -18,7 +18,7 @@ from ..kernels.dense_arguments import Form
 from ..kernels.plan import fold_width
 from ..runtime.cpu import Frame, address_of
 from ..runtime.memory import aligned_empty
-from ..schedule.dense import DenseSchedule, choose, turns
+from ..schedule.dense import DenseSchedule, choose, turns_image
 from ..schedule.task import Task
 from ..sparsity.geometry import Geometry, Padding
 from ..sparsity.pattern import SparseMatrix
@@ -186,7 +186,7 @@ class DenseConv:
         size, k = (key.height, key.width), self.task.pattern.cols
         geometry = Geometry(self.window, size, self.padding.resolve(size, self.window))
         positions, rising = geometry.out[0] * geometry.out[1], min(*key.y, *key.r) >= 0
-        if rising and self.window.groups == 1 and turns(self.task.pattern.rows, positions, k, self.target):
+        if rising and self.window.groups == 1 and turns_image(self.task.pattern.rows, positions, k, self.target):
             return self._turned(key, geometry)
         return self._straight(key, geometry)
 
