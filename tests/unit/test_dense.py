@@ -173,6 +173,7 @@ def test_the_interpreter_gives_the_same_bits(
         made.point(address_of(a), address_of(b), address_of(y), address_of(r))
         if interpreted:
             arrays = {"a": a, "b": b, "y": y, "r": r, "bias": bias, "scratch": made.scratch}
+            arrays |= {"aheads": made.kept} if isinstance(made.kept, np.ndarray) else {}
             memory = {name: region(address_of(array), array) for name, array in arrays.items()}
             run(generate(form, found).program, found.lanes, made.slots, memory)
         else:
@@ -196,6 +197,7 @@ def test_an_instruction_set_of_another_machine(rng: np.random.Generator) -> None
         made.slots[Slot.BIAS] = address_of(bias)
         made.point(address_of(a), address_of(b), address_of(y), 0)
         arrays = {"a": a, "b": b, "y": y, "bias": bias, "scratch": made.scratch}
+        arrays |= {"aheads": made.kept} if isinstance(made.kept, np.ndarray) else {}
         run(kernel.program, 4, made.slots, {name: region(address_of(array), array) for name, array in arrays.items()})
         want = left.astype(np.float64) @ right + (bias if form.bias else 0)
         assert (np.abs(y - want) <= bound(left, right) + 1e-6 * np.abs(bias)).all()

@@ -96,6 +96,7 @@ class _Program:
         self.rows = most_rows(form, target)
         self.source = VECTORS * self.rows  # vectors of B behind the accumulators, then the element of A
         self.element = self.source + VECTORS
+        self.ahead = form.a == "columns" and form.b == "rows"  # and there are registers to spare
         self.finish = {v: b.label(f"activation of {self.rows}x{v}") for v in range(1, VECTORS + 1)}
         self.packs_first, self.image, self.turned = form.b == "transposed", form.b == "image", form.a == "image"
         self.choose: dict[tuple[int, bool, bool], int] = {}
@@ -258,6 +259,9 @@ class _Program:
         b.place(last)
         self.copy((Slot.PANELS_NOW, Slot.LAST_GROUP))
         b.place(whole)
+        self.copy((Slot.AHEAD_FROM, Slot.B_HERE))
+        if self.ahead:
+            self.advance((Slot.AHEAD_FROM, Slot.B_GROUP))
         self._rows(VECTORS, False, Slot.PACK, pack)
         self.advance(*((Slot[name], Slot[name.replace("HERE", "GROUP")]) for name in here))
         self.repeat(Slot.GROUPS_LEFT, group)
@@ -293,7 +297,8 @@ class _Program:
                       (Slot.B_ACROSS, Slot.B_PANEL), (Slot.PACKING, packs))  # fmt: skip
         first = Slot.A_FROM if self.form.a == "rows" else Slot.A_BLOCK
         self.copy((Slot.A_AT, first), (Slot.C_ROWS, Slot.C_HERE), (Slot.R_ROWS, Slot.R_HERE),
-                  (Slot.BIAS_ROWS, Slot.BIAS_HERE), *(self.turned * ((Slot.LINE_ROWS, Slot.LINE),)))  # fmt: skip
+                  (Slot.BIAS_ROWS, Slot.BIAS_HERE), *(self.turned * ((Slot.LINE_ROWS, Slot.LINE),)),
+                  (Slot.AHEAD_LINE, Slot.AHEADS))  # fmt: skip
         for size in ("LARGE", "SMALL"):
             over, rows = b.label(), b.label(f"{size.lower()} blocks of rows")
             self.unless(Slot[size], over)
@@ -301,6 +306,8 @@ class _Program:
             b.place(rows)
             if self.turned:
                 self._line_of_rows()
+            elif self.ahead:
+                self._next_ahead()
             self.copy((Slot.B_AT, Slot.B_NEXT), (Slot.C_AT, Slot.C_ROWS), (Slot.R_AT, Slot.R_ROWS),
                       (Slot.BIAS_AT, Slot.BIAS_ROWS), (Slot.PANELS_LEFT, Slot.PANELS_NOW))  # fmt: skip
             plain, after = b.label(), b.label()
@@ -322,13 +329,23 @@ class _Program:
             b.place(plain)
             self.get(S.TMP, Slot[f"SKIP_{size}"])
             b.emit("call", disp=self.choose[vectors, masked, False])
-            self.advance((Slot.B_AT, Slot.B_ACROSS), *across)
+            self.advance((Slot.B_AT, Slot.B_ACROSS), *across, *(self.ahead * ((Slot.AHEAD, Slot.B_PANEL),)))
             self.repeat(Slot.PANELS_LEFT, plain)
             b.place(after)
             self.advance((Slot.A_AT, Slot[f"A_{size}"]), *((Slot[f"{name}_ROWS"], Slot[f"{name}_{size}"])
                                                            for name in ("C", "R", "BIAS")))  # fmt: skip
             self.repeat(Slot.ROWS_LEFT, rows)
             b.place(over)
+
+    def _next_ahead(self) -> None:
+        """Which part of the next group of panels this block of rows prefetches."""
+        b = self.b
+        self.get(S.T, Slot.AHEAD_LINE)
+        b.emit("s_load", d=S.TMP, ptr=S.T)
+        b.emit("s_add_arg", d=S.TMP, disp=Slot.AHEAD_FROM.byte)
+        self.put(S.TMP, Slot.AHEAD)
+        b.emit("s_addi", d=S.T, disp=8)
+        self.put(S.T, Slot.AHEAD_LINE)
 
     def _packed(self, width: int) -> None:
         """From now on B is read from its panels."""
@@ -387,6 +404,9 @@ class _Program:
             self.get(S.PANEL, Slot.PANEL_AT)
         if shape.packs and self.image:
             next_taps(b)
+        if self.ahead and not shape.packs:
+            self.get(S.PX7, Slot.AHEAD)
+            self.get(S.PX5, Slot.AHEAD_STEP)
         for steps, count in ((UNROLL, Slot.NOW_TURNS), (1, Slot.NOW_REST)):
             over, turn = b.label(), b.label()
             self.get(S.K, count)
@@ -431,7 +451,9 @@ class _Program:
         if shape.packs:
             yield row("s_addi", d=S.PANEL, disp=steps * shape.vectors * self.tile)
         if self.turned and steps > 1:
-            yield from look_ahead()
+            yield from look_ahead(S.PX)
+        if self.ahead and not shape.packs and steps > 1:
+            yield from look_ahead(S.PX5)
         if self.turned or (shape.packs and self.image):
             yield row("s_addi", d=S.CONST, disp=8 * len(Tap) * steps)
 

@@ -133,6 +133,7 @@ class Slot(Slots):
     COPIES = auto()
     PLANES = auto()
     CHANNELS = auto()
+    AHEADS = auto()  # second operands by rows: for each block of rows, bytes to what it prefetches of the next panel
     ZERO = auto()
     ONE = auto()
     MATRICES_LEFT = auto()  # from here on: variables of the kernel
@@ -176,8 +177,10 @@ class Slot(Slots):
     PACKING = auto()
     LINE = auto()  # images: of the next block of K, or of rows, its first tap, the masks of the panel,
     LINE_ROWS = auto()
-    AHEAD = auto()
+    AHEAD = auto()  # what is prefetched, and by how much that moves on in a turn
     AHEAD_STEP = auto()
+    AHEAD_FROM = auto()
+    AHEAD_LINE = auto()
     TAPS_AT = auto()
     TAPS_K = auto()
     VIEWS_HERE = auto()

@@ -57,11 +57,11 @@ def walk_taps(b: Builder) -> None:
         b.emit("s_arg", d=register, disp=slot.byte)
 
 
-def look_ahead() -> Iterator[Row]:
+def look_ahead(step: S) -> Iterator[Row]:
     """A part of the next panel to the second-level cache: all blocks of rows read this one, the first from afar."""
     for line in range(AHEAD_LINES):
         yield row("prefetch", ptr=S.PX7, disp=line * LINE)
-    yield row("s_add", d=S.PX7, a=S.PX)
+    yield row("s_add", d=S.PX7, a=step)
 
 
 def reach_tap(k: int) -> Iterator[Row]:

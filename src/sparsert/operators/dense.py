@@ -101,6 +101,11 @@ def frame(code: Code, e: Extents, schedule: DenseSchedule, blocks: Blocks | None
     }  # fmt: skip
     for slot, value in values.items():
         s[slot] = value
+    if form.a == "columns" and form.b == "rows":
+        # Blocks of rows behind the first, UNROLL of them, prefetch what the first will pack of the next group.
+        aheads = aligned_empty(large + small, np.int64)
+        aheads[:] = (np.arange(large + small) - 1) % UNROLL * e.b_pitch
+        result.kept, s[Slot.AHEADS], s[Slot.AHEAD_STEP] = aheads, address_of(aheads), UNROLL * e.b_pitch
     for name, count in (("LARGE", size), ("SMALL", size - 1)):
         s[Slot[f"A_{name}"]] = e.a_block or count * (a_pitch if rows else 4)
         s[Slot[f"C_{name}"]], s[Slot[f"R_{name}"]] = count * e.c_pitch, count * e.r_pitch
