@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .compiler import build, build_dense, make_request, make_task, why_dense
+from .compiler import build, build_dense
 from .errors import CodeBudgetError, ShapeError, UnsupportedError, ValueRangeError
 from .kernels import depthwise
 from .operators.conv import CompiledConv, ReferenceConv, as_weight, flat
@@ -23,6 +23,7 @@ from .operators.conv_transpose import (
 from .operators.dense_conv import DenseConv
 from .operators.depthwise import DepthwiseProduct
 from .operators.images import ConvProduct
+from .request import make_request, make_task, why_dense
 from .schedule.schedule import Schedule
 from .sparsity.geometry import Padding, pair
 from .sparsity.geometry import padding as read_padding

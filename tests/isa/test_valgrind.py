@@ -21,7 +21,15 @@ WORKLOAD = Path(__file__).with_name("valgrind_workload.py")
 def findings(folder: Path, *arguments: str) -> list[str]:
     """What memcheck says of generated code."""
     out = folder / "memcheck.xml"
-    command = ["valgrind", "--xml=yes", f"--xml-file={out}", "--error-limit=no", sys.executable, str(WORKLOAD)]
+    command = [
+        "valgrind",
+        "--xml=yes",
+        f"--xml-file={out}",
+        "--error-limit=no",
+        "--partial-loads-ok=no",
+        sys.executable,
+        str(WORKLOAD),
+    ]
     environment = os.environ | {"PYTHONMALLOC": "malloc", "OPENBLAS_NUM_THREADS": "1"}
     done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -8,7 +8,7 @@ column  meaning
 op      row of :data:`OPS`
 d a b   registers: vector registers for vector operations, :class:`S` numbers for scalar ones; a negative ``b``
         is constant ``-1 - b`` of the program's constant pool (a whole vector)
-ptr     the scalar register a memory operand starts from
+ptr     the scalar register a memory operand starts from; 0 where there is none
 step    how many pitches of that pointer are added (row-major arrays, whose pitch is known at run time)
 disp    bytes added (memory operands), the immediate, or the label
 ======  =====================================================================================================
@@ -110,30 +110,56 @@ def _table() -> tuple[Op, ...]:
 OPS = _table()
 OP = {op.name: i for i, op in enumerate(OPS)}
 
-COLUMNS = {
-    "op": np.uint8,
-    "d": np.int16,
-    "a": np.int16,
-    "b": np.int16,
-    "ptr": np.int8,
-    "step": np.int32,
-    "disp": np.int64,
-}
+_HEAD = {"op": ("u1", 0), "ptr": ("i1", 1), "d": ("<i2", 2), "a": ("<i2", 4), "b": ("<i2", 6)}
+COLUMNS = {"op": "u1", "d": "<i2", "a": "<i2", "b": "<i2", "ptr": "i1", "step": "<i4", "disp": "<i8"}
 _NAMES = tuple(COLUMNS)
 Columns = dict[str, NDArray[Any]]
+Ints = NDArray[np.int64]
+
+
+class Table:
+    """``size`` rows, zeros at first.
+
+    Attributes:
+        heads: (size,) words of 64 bits: op, ptr, d, a and b of a row; whoever moves many rows moves these.
+        columns: by name, views of the heads, and step and disp.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.heads = np.zeros(size, "<i8")
+        self.columns: Columns = unpacked(self.heads)
+        for name in ("step", "disp"):
+            self.columns[name] = np.zeros(size, COLUMNS[name])
+
+
+def unpacked(heads: Ints) -> Columns:
+    """The columns that words hold, as views."""
+    layout = {"names": list(_HEAD), "formats": [kind for kind, _ in _HEAD.values()],
+              "offsets": [offset for _, offset in _HEAD.values()], "itemsize": 8}  # fmt: skip
+    rows: NDArray[Any] = heads.view(np.dtype(layout))  # type: ignore[call-overload]
+    return {name: rows[name] for name in _NAMES if name in _HEAD}
+
+
+def heads(op: str, d: int | Ints = 0, a: int | Ints = 0, b: int | Ints = 0, ptr: int = 0) -> int | Ints:
+    """Words of rows whose registers are no constants."""
+    return OP[op] | ptr << 8 | d << 16 | a << 32 | b << 48
 
 
 @dataclass
 class Program:
-    """A finished program: columns, constants (raw 32-bit patterns, one vector each) and where to look for what."""
+    """A finished program: rows, constants (raw 32-bit patterns, one vector each) and where to look for what."""
 
-    columns: Columns
+    table: Table
     constants: tuple[int, ...]
     labels: int
     notes: dict[int, str]  # label -> remark for listings
 
     def __len__(self) -> int:
-        return int(self.columns["op"].size)
+        return self.table.heads.size
+
+    @property
+    def columns(self) -> Columns:
+        return self.table.columns
 
 
 Row = tuple[int, int, int, int, int, int, int]
@@ -151,6 +177,7 @@ class Builder:
     _rows: list[Row] = field(default_factory=list)
     _places: list[int] = field(default_factory=list)  # of the single rows
     _runs: list[tuple[Any, ...]] = field(default_factory=list)  # place, length, then a value or an array per column
+    _tables: list[tuple[int, Table, slice]] = field(default_factory=list)  # place, whose rows, which
     _size: int = 0
     _constants: dict[int, int] = field(default_factory=dict)
     _labels: int = 0
@@ -175,6 +202,11 @@ class Builder:
         self._runs.append((self._size, n, OP[op] if isinstance(op, str) else op, d, a, b, ptr, step, disp))
         self._size += n
 
+    def emit_table(self, table: Table, start: int, stop: int) -> None:
+        """Rows ``start`` to ``stop`` of a table."""
+        self._tables.append((self._size, table, slice(start, stop)))
+        self._size += stop - start
+
     def constant(self, bits: int) -> int:
         """The number of a constant vector with the 32-bit pattern ``bits`` in every lane."""
         return self._constants.setdefault(bits & 0xFFFFFFFF, len(self._constants))
@@ -192,15 +224,38 @@ class Builder:
     def finish(self) -> Program:
         flat = np.fromiter(chain.from_iterable(self._rows), np.int64, len(self._rows) * len(_NAMES))
         rows, places = flat.reshape(-1, len(_NAMES)), np.array(self._places, np.int64)
-        columns: Columns = {}
+        table = Table(self._size)
+        for place, source, some in self._tables:
+            here = slice(place, place + some.stop - some.start)
+            table.heads[here] = source.heads[some]
+            for name in ("step", "disp"):
+                table.columns[name][here] = source.columns[name][some]
         for i, name in enumerate(_NAMES):
-            column = columns[name] = np.zeros(self._size, COLUMNS[name])
+            column = table.columns[name]
             column[places] = rows[:, i]
             for run in self._runs:
                 value = run[i + 2]
                 if not isinstance(value, int) or value:
                     column[run[0] : run[0] + run[1]] = value
-        return Program(columns, tuple(self._constants), self._labels, dict(self._notes))
+        return Program(table, tuple(self._constants), self._labels, dict(self._notes))
+
+
+def by_operation(op: NDArray[np.uint8]) -> dict[int, Ints]:
+    """The rows of every operation that occurs; the frequent ones cost a comparison, not a sort."""
+    found: dict[int, Ints] = {}
+    others = np.ones(op.size, bool)
+    sample = np.bincount(op[::32], minlength=len(OPS))
+    for number in np.flatnonzero(sample > sample.sum() // 8).tolist():
+        same = op == number
+        found[number] = np.flatnonzero(same)
+        others &= ~same
+    rest = np.flatnonzero(others)
+    rest = rest.take(np.argsort(op.take(rest), kind="stable"))
+    cuts = np.searchsorted(op.take(rest), np.arange(len(OPS) + 1)).tolist()
+    for number in range(len(OPS)):
+        if cuts[number + 1] > cuts[number]:
+            found[number] = rest[cuts[number] : cuts[number + 1]]
+    return found
 
 
 def check(program: Program) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..codegen.vector import COLUMNS, OP, Columns, S
+from ..codegen.vector import OP, S, Table, heads
 from ..schedule.schedule import Schedule
 from ..sparsity.taps import Taps
 from ..target import Target
@@ -23,7 +23,6 @@ from .plan import Plan
 
 PREFETCH = {S.PANEL: 16, S.K: 40}
 """Which pointers run ahead, and every how many taps: the code of a tap takes some 10 bytes, its value 4."""
-_EMBEDDED = "fma_bcast", "mul_bcast"
 LINE = 64  # bytes of a cache line
 
 
@@ -32,10 +31,10 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Body:
-    """Columns of the accumulate rows of the whole layer.
+    """The accumulate rows of the whole layer.
 
     Attributes:
-        columns: by name, as :meth:`~sparsert.codegen.vector.Builder.emit_many` takes them.
+        table: all of them.
         cuts: (cells + 1,) rows at which the cells, blocks of segments, begin.
         idle: per cell, the accumulators that none of its taps touches, if any.
         copied: by the first cell of a segment, the input rows to copy to the panel: those that others read, but no tap
@@ -43,7 +42,7 @@ class Body:
         lines: per pointer that runs ahead, (cells,) how many lines each cell prefetches through it.
     """
 
-    columns: Columns
+    table: Table
     cuts: Ints
     idle: dict[int, Ints]
     copied: dict[int, Ints]
@@ -66,7 +65,7 @@ def accumulate(
     begins, anew, idle = _begins(p, cells, schedule.rows, handover.task.bias)
     cell, started = cells[begins].astype(np.int64), p.accumulator[begins]
     stores = started < handover.deferred
-    k, loaded = taps.key[p.taps], np.flatnonzero(p.fresh)
+    k, loaded = taps.key.take(p.taps), np.flatnonzero(p.fresh)
     in_place, kept, copied = _packing(p, k, loaded, packing)
     if handover.task.window and not tiled:
         in_place = loaded
@@ -89,49 +88,56 @@ def accumulate(
         per_tap[in_place] += walk.moves
     end = np.cumsum(per_tap)
     total = int(end[-1]) if n else 0
-    c: Columns = {name: np.zeros(total, kind) for name, kind in COLUMNS.items()}
-    c["ptr"][:] = S.W
+    table = Table(total)
+    c = table.columns
     source, weight = schedule.rows, schedule.rows + 1  # one of each: renaming makes more pointless
     at = end - per_tap
     lines: dict[S, Ints] = {}
 
     def put(which: Ints, **columns: Any) -> None:
         """The next row of each of these taps."""
-        row, at[which] = at[which], at[which] + 1
+        row = at.take(which)
+        at[which] = row + 1
         for name, column in columns.items():
             c[name][row] = column
+
+    def put_heads(which: Ints, head: int | Ints, **columns: Any) -> None:
+        """The same, of one operation."""
+        table.heads[at.take(which)] = head
+        put(which, **columns)
 
     for pointer, touched in zip(PREFETCH, touching, strict=True):
         starts = np.searchsorted(touched, p.cuts)  # the first line of every cell
         lines[pointer] = np.diff(starts)
         line = np.arange(touched.size) - np.repeat(starts[:-1], lines[pointer])
-        put(touched, op=OP["prefetch"], ptr=pointer, disp=line * LINE)
+        put_heads(touched, heads("prefetch", ptr=pointer), disp=line * LINE)
     for some, columns in walk.rows() if walk is not None else ():
         put(in_place[some], **columns)
     places = at[in_place]
     where = {"disp": k[loaded] * target.tile_bytes} if tiled else {"step": k[loaded]}
-    put(loaded, op=OP["load"], d=source, ptr=S.X, **where)
+    put_heads(loaded, heads("load", d=source, ptr=S.X), **where)
     in_rows = {"step": k[in_place], "disp": 0} if walk is None else walk.load
     for name, column in in_rows.items():
         c[name][places] = column
-    put(kept, op=OP["store"], a=source, ptr=S.PANEL, disp=k[kept] * target.tile_bytes)
+    put_heads(kept, heads("store", a=source, ptr=S.PANEL), disp=k[kept] * target.tile_bytes)
     put(begins[stores], **handover.store(cell[stores], started[stores]))
     put(begins[~anew], **handover.start(cell[~anew], started[~anew]))
     slot_bytes = p.value_slot * 4
-    put(opening, op=OP["load"], d=weight, disp=4 * vector[opening])
+    put_heads(opening, heads("load", d=weight, ptr=S.W), disp=4 * vector[opening])
     row = end - 1
     if by_element:
-        c["b"][row], c["disp"][row] = weight, p.value_slot - vector
+        (further, opener), operands = ("fma_lane", "mul_lane"), {"b": weight}
+        c["disp"][row] = p.value_slot - vector
     elif broadcast:
-        c["op"][row - 1], c["d"][row - 1], c["disp"][row - 1] = OP["bcast"], weight, slot_bytes
-        c["b"][row] = weight
+        (further, opener), operands = ("fma_acc", "mul"), {"b": weight}
+        table.heads[row - 1], c["disp"][row - 1] = heads("bcast", d=weight, ptr=S.W), slot_bytes
     else:
+        (further, opener), operands = ("fma_bcast", "mul_bcast"), {"ptr": S.W}
         c["disp"][row] = slot_bytes
-    further, opener = ("fma_lane", "mul_lane") if by_element else ("fma_acc", "mul") if broadcast else _EMBEDDED
-    c["op"][row], c["d"][row], c["a"][row] = OP[further], p.accumulator, source
+    table.heads[row] = heads(further, d=p.accumulator, a=source, **operands)
     c["op"][row[begins[anew]]] = OP[opener]
     cuts = np.where(p.cuts > 0, end[p.cuts - 1], 0) if n else np.zeros_like(p.cuts)
-    return Body(c, cuts, idle, copied, lines)
+    return Body(table, cuts, idle, copied, lines)
 
 
 def _weights(p: Plan, cells: NDArray[np.int32], lanes: int) -> tuple[Ints, Ints]:
@@ -178,8 +184,7 @@ def _begins(
     """
     n, blocks = p.taps.size, p.n_blocks
     at = np.full((p.segments, blocks, rows), n)
-    backwards = slice(None, None, -1)  # of several, the last assignment stays
-    at.reshape(-1)[(cells * rows + p.accumulator)[backwards]] = np.arange(n - 1, -1, -1)
+    np.minimum.at(at.reshape(-1), cells * rows + p.accumulator, np.arange(n))
     taken = at < n
     before = np.zeros_like(taken)  # there is a bias, or there were taps
     before[0] = bias

@@ -95,7 +95,6 @@ class Blocks:
         """One block of one segment, for the current tile."""
         p, c = self.plan, self.body
         rows = p.order[int(p.blocks[block]) : int(p.blocks[block + 1])]
-        body = slice(int(c.cuts[cell]), int(c.cuts[cell + 1]))
         x, y, r, sums = self._cursors
         n, later = rows.size, cell >= p.n_blocks
         if self._packs(cell):
@@ -117,7 +116,7 @@ class Blocks:
         self.handover.begin(b)
         if cell in c.idle:
             self.handover.renew(b, cell, c.idle[cell])
-        b.emit_many(n=body.stop - body.start, **{name: column[body] for name, column in c.columns.items()})
+        b.emit_table(c.table, int(c.cuts[cell]), int(c.cuts[cell + 1]))
         if later and p.folds:  # the accumulators without taps hold the sums so far
             for accumulator in np.setdiff1d(np.arange(n), c.idle.get(cell, [])).tolist():
                 b.emit("load", d=n, ptr=S.CONST, disp=int(rows[accumulator]) * self.target.tile_bytes)

@@ -42,7 +42,7 @@ class Kernel:
     def pack(self, values: NDArray[np.float32], bias: NDArray[np.float32] | None, out: NDArray[np.float32]) -> None:
         """Values of the pattern (CSR order) and biases into ``out`` (plan.slots,), the array behind Arg.W."""
         p = self.plan
-        out[p.value_slot] = self.taps.pack(values)[p.taps, 0]
+        out[p.value_slot] = self.taps.pack(values)[:, 0].take(p.taps)
         if bias is not None:
             out[p.bias_slot] = bias[p.order]
 

@@ -68,13 +68,13 @@ def plan(taps: Taps, extent: int, order: NDArray[np.int64], schedule: Schedule, 
     position[order] = np.arange(taps.rows)
     block_of = np.repeat(np.arange(n_blocks), np.diff(blocks))
     inside = np.arange(taps.rows) - blocks[:-1][block_of] if taps.rows else np.zeros(0, np.int64)
-    tap_position = position[taps.row]
-    block, k = block_of[tap_position], taps.key
+    tap_position = position.take(taps.row)
+    block, k = block_of.take(tap_position), taps.key
     cell = k // width * n_blocks + block if segments > 1 else block
     place = cell * max(extent, 1) + k
     executed = _lexsort(tap_position, place) if place.size and place.max() < _SHORT else _lexsort(tap_position, k, cell)
-    accumulator = inside[tap_position]
-    place = place[executed]
+    accumulator = inside.take(tap_position)
+    place = place.take(executed)
     fresh = np.ones(place.size, bool)
     np.not_equal(place[1:], place[:-1], out=fresh[1:])
     cuts = np.searchsorted(place, np.arange(segments * n_blocks + 1) * max(extent, 1))
@@ -83,7 +83,7 @@ def plan(taps: Taps, extent: int, order: NDArray[np.int64], schedule: Schedule, 
     shift = np.concatenate([ahead, np.full((segments - 1) * n_blocks, ahead[-1] if n_blocks else 0)])
     value_slot = np.arange(place.size) + np.repeat(shift, np.diff(cuts))
     bias_slot = np.arange(taps.rows) + cuts[:-1][block_of] if bias else np.zeros(0, np.int64)
-    return Plan(blocks, order, cuts, executed, accumulator[executed], fresh, value_slot, bias_slot,
+    return Plan(blocks, order, cuts, executed, accumulator.take(executed), fresh, value_slot, bias_slot,
                 int(place.size + (taps.rows if bias else 0)), fold > 0)  # fmt: skip
 
 
@@ -108,10 +108,11 @@ def _lexsort(*keys: NDArray[np.int64]) -> NDArray[np.int64]:
     """
     order: NDArray[np.int64] | None = None
     for key in keys:
+        if order is None and (key[1:] >= key[:-1]).all():  # rows in their natural order are
+            continue
         short = key.astype(np.uint16) if key.size and key.max() < _SHORT else key
         if order is None:
-            rising = key.size < 2 or bool((key[1:] >= key[:-1]).all())  # rows in their natural order are
-            order = np.arange(key.size) if rising else np.argsort(short, kind="stable")
+            order = np.argsort(short, kind="stable")
         else:
-            order = order[np.argsort(short[order], kind="stable")]
-    return np.zeros(0, np.int64) if order is None else order
+            order = order.take(np.argsort(short.take(order), kind="stable"))
+    return np.arange(keys[0].size) if order is None else order

@@ -189,7 +189,7 @@ def as_sparse(weight: Any, where: str = "weight") -> SparseMatrix:
     dense = as_dense_weight(weight, where)
     rows, cols = dense.shape
     flat = np.flatnonzero(dense != 0)
-    values = dense.reshape(-1)[flat]
+    values = dense.reshape(-1).take(flat)
     require_finite(values, where)  # NaN counts as nonzero
     indptr = np.searchsorted(flat, np.arange(rows + 1) * cols)
     indices = (flat - np.repeat(np.arange(rows) * cols, np.diff(indptr))).astype(np.int32)

@@ -42,7 +42,9 @@ class Taps:
     @cached_property
     def key(self) -> NDArray[np.int64]:
         """(n,) numbers that rise with the displacement: by plane, in it by pitch, then by offset."""
-        _, pitches, offsets = self._spans
+        planes, pitches, offsets = self._spans
+        if planes == offsets == 1:  # a matrix
+            return self.pitch.astype(np.int64)
         return (self.plane.astype(np.int64) * pitches + self.pitch) * offsets + self.offset
 
     @property

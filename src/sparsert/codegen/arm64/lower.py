@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import InternalError
-from ..vector import OP, OPS, POOL_BYTES, Program, S
+from ..vector import OP, OPS, POOL_BYTES, Program, S, by_operation
 from .address import Addresses
 from .encoder import Ints, Value
 from .registers import CALLEE_SAVED, GPR, MASK
@@ -111,21 +111,19 @@ def lower(program: Program) -> Laid:
     Label ``program.labels`` stands for the start of the constant pool, the next multiple of 64 bytes.
     """
     op = program.columns["op"]
-    occurrences = np.bincount(op, minlength=len(OPS))
-    by_op = np.split(np.argsort(op, kind="stable"), np.cumsum(occurrences)[:-1])  # rows of every operation
-    present = np.flatnonzero(occurrences).tolist()
-    missing = [OPS[i].name for i in present if OPS[i].name not in RECIPES]
+    rows_of = by_operation(op)
+    missing = [OPS[i].name for i in rows_of if OPS[i].name not in RECIPES]
     if missing:
         raise InternalError(f"no recipe for {', '.join(missing)} on AArch64")
     stream = Stream(op.size)
     address = Addresses(program, stream)
-    for number in present:
-        name, rows = OPS[number].name, by_op[number]
+    for number, rows in rows_of.items():
+        name = OPS[number].name
         for case, some in _cases(program, name, rows):
             view = _Rows(program, some, address, stream, OPS[number].form, OPS[number].scalar)
             for line in _PARSED[name][case]:
                 view.line(*line)
-    labels, aligned = by_op[OP["label"]], by_op[OP["align"]]
+    labels, aligned = (rows_of.get(OP[name], np.zeros(0, np.int64)) for name in ("label", "align"))
     disp = program.columns["disp"]
     return stream.finish(np.stack([labels, disp[labels]], 1), aligned, disp[aligned] // 4, program.labels)
 

@@ -24,7 +24,9 @@ Ints = NDArray[np.int64]
 Field = int | NDArray[np.integer]  # one value for the whole batch, or one per instruction
 
 _ROWS = tuple(ROWS[name] for name in NAMES)
+_BRANCHES = tuple("b" in row.operands for row in _ROWS)
 _MANDATORY = (0, 0x66, 0xF3, 0xF2, 0xF0)
+_WORD = (1 << 64) - 1
 _NUMBERS = np.arange(32)
 # What a register number adds to the first six bytes of an EVEX instruction: ModRM.reg with R and R', vvvv with V'.
 _EVEX_REG = (_NUMBERS & 7) << 43 | (~_NUMBERS & 8) << 12 | (~_NUMBERS & 16) << 8
@@ -85,7 +87,7 @@ def encode(batches: list[Batch], labels: int) -> Encoded:
             places[batch.fields["imm"]] = offsets[batch.place]
     code = _flatten(low, high, length, offsets, int(places[labels]))
     for batch in batches:
-        if batch.row < len(_ROWS):
+        if batch.row < len(_ROWS) and (_BRANCHES[batch.row] or _holds(batch.fields.get("base", 0), RIP)):
             _resolve(batch, code, offsets, places)
     return Encoded(code, offsets, places)
 
@@ -136,7 +138,7 @@ def _encode(batch: Batch) -> tuple[Words, Words | None, Ints | int]:
         if "b" not in row.operands and not _fits(value, 8 * row.imm):
             raise InternalError(f"{NAMES[batch.row]}: an immediate does not fit {row.imm} bytes")
         tail, size = tail | imm << size * 8, size + row.imm
-        if (size if isinstance(size, int) else size.max()) > 8 or (mem and np.any(np.asarray(f["base"]) == RIP)):
+        if (size if isinstance(size, int) else size.max()) > 8 or (mem and _holds(f["base"], RIP)):
             raise InternalError(
                 f"{NAMES[batch.row]}: more than eight bytes behind ModRM, or an immediate behind a RIP operand"
             )
@@ -144,7 +146,7 @@ def _encode(batch: Batch) -> tuple[Words, Words | None, Ints | int]:
         vector = batch.encoding - EVEX128 if row.fixed_length < 0 else row.fixed_length
         fixed = (0x62 | 0x6000 | row.map << 8 | (row.w << 7 | 4 | row.prefix) << 16
                  | (vector << 5 | int(batch.bcast) << 4) << 24 | row.opcode << 32)  # fmt: skip
-        head: Ints | int = _EVEX_REG[reg] | _EVEX_VVVV[vvvv]
+        head: Ints | int = _looked_up(_EVEX_REG, reg) | _looked_up(_EVEX_VVVV, vvvv)
         head = head | (
             (modrm << 40 | fixed) ^ (x << 14 | b << 13) | _wide(f.get("zero", 0)) << 31 | _wide(f.get("mask", 0)) << 24
         )
@@ -166,13 +168,10 @@ def _encode(batch: Batch) -> tuple[Words, Words | None, Ints | int]:
     else:
         ext_r = 0 if row.digit >= 0 else reg >> 3 & 1
         rex = row.w << 3 | ext_r << 2 | x << 1 | b
-        head, at = 0, 0
-        for byte, present in (
-            (_MANDATORY[row.prefix], row.prefix != 0), (0x40 | rex, rex != 0), (0x0F, row.map != M1),
-            (opcode, True), (modrm, has_modrm),
-        ):  # fmt: skip
-            head = head | _choose(present, byte << at * 8, 0)
-            at = at + _choose(present, 1, 0)
+        before, escape = int(row.prefix != 0), int(row.map != M1)
+        rest = (0x0F * escape | opcode << 8 * escape | modrm << 8 * (escape + 1)) << 8 * before
+        head = _MANDATORY[row.prefix] | _choose(rex != 0, (0x40 | rex) << 8 * before | rest << 8, rest)
+        at = before + escape + 1 + int(has_modrm) + _choose(rex != 0, 1, 0)
     return _join(head, at, tail, size, n)
 
 
@@ -186,10 +185,18 @@ def _choose(condition: Any, yes: Ints | int, no: Ints | int) -> Ints | int:
     return np.where(condition, yes, no)
 
 
+def _looked_up(table: Ints, number: Field) -> Ints | int:
+    return int(table[number]) if isinstance(number, int) else table.take(number)
+
+
 def _fits(value: Ints | int, bits: int) -> bool:
     """Whether values are ``bits`` wide, signed or unsigned."""
     low, high = -(1 << bits - 1), 1 << bits
     return low <= value < high if isinstance(value, int) else bool((value >= low).all() and (value < high).all())
+
+
+def _holds(value: Field, number: int) -> bool:
+    return value == number if isinstance(value, int) else bool((value == number).any())
 
 
 def _largest(value: Field) -> int:
@@ -216,7 +223,7 @@ def _memory_operand(
     base, index, disp = _wide(f["base"]), _wide(f.get("index", -1)), _wide(f.get("disp", 0))
     simple = isinstance(base, int) and base < RIP and base & 7 not in (4, 5) and isinstance(index, int) and index < 0
     if not simple or isinstance(disp, int) or not isinstance(base, int):
-        return _memory_operand_general(f, unit, n)
+        return _memory_operand_general(base, index, _wide(f.get("scale", 0)), disp, unit)
     # Nearly always: [base + disp8].
     short = (disp >> unit.bit_length() - 1).astype(np.int8)
     odd = np.flatnonzero((np.multiply(short, unit, dtype=np.int64) != disp) | (short == 0))
@@ -224,7 +231,7 @@ def _memory_operand(
     if not odd.size:
         return 0x40 | base & 7, scaled, 1, 0, base >> 3 & 1
     rest = disp[odd]
-    if np.any(rest != rest.astype(np.int32)):
+    if (rest != rest.astype(np.int32)).any():
         raise InternalError("a displacement does not fit 32 bits")
     none = rest == 0
     modrm, size = np.full(n, 0x40 | base & 7), np.ones(n, np.int64)
@@ -236,24 +243,29 @@ def _memory_operand(
     return modrm, scaled, size, 0, base >> 3 & 1
 
 
-def _memory_operand_general(f: dict[str, Field], unit: int, n: int) -> tuple[Ints, Ints, Ints, Ints, Ints]:
-    base, index, scale, disp = (
-        np.zeros(n, np.int64) + _wide(f.get(key, default))
-        for key, default in (("base", 0), ("index", -1), ("scale", 0), ("disp", 0))
-    )
-    scaled, low3 = disp >> unit.bit_length() - 1, base & 7
-    fits = (scaled == scaled.astype(np.int8)) & (disp & unit - 1 == 0)
-    rip, indexed = base == RIP, index >= 0
-    if np.any((disp != disp.astype(np.int32)) & ~rip):
+def _memory_operand_general(
+    base: Ints | int, index: Ints | int, scale: Ints | int, disp: Ints | int, unit: int
+) -> tuple[Ints | int, Ints | int, Ints | int, Ints | int, Ints | int]:
+    rip, low3 = base == RIP, base & 7
+    indexed = index >= 0 if isinstance(index, int) or (index < 0).any() else True
+    near = (-(1 << 31) <= disp) & (disp < 1 << 31)
+    if not np.all(near | rip):
         raise InternalError("a displacement does not fit 32 bits")
-    sib = (indexed | (low3 == 4)) & ~rip
+    scaled = disp >> unit.bit_length() - 1
+    fits = (-128 <= scaled) & (scaled < 128) & (disp & unit - 1 == 0)
+    sib = _choose(rip, False, indexed | (low3 == 4))
     none = (disp == 0) & (low3 != 5)
-    length = np.where(rip, 4, np.where(none, 0, np.where(fits, 1, 4)))
-    mod = np.where(rip | none, 0, np.where(fits, 1, 2))
-    tail = np.where(length == 1, scaled & 0xFF, np.where((length == 4) & ~rip, disp & 0xFFFFFFFF, 0))
-    tail = np.where(sib, tail << 8 | scale << 6 | np.where(indexed, index & 7, 4) << 3 | low3, tail)
-    modrm = mod << 6 | np.where(rip, 5, np.where(sib, 4, low3))
-    return modrm, tail, length + sib, np.where(indexed, index >> 3, 0), np.where(rip, 0, base >> 3)
+    length = _choose(rip, 4, _choose(none, 0, _choose(fits, 1, 4)))
+    mod = _choose(rip | none, 0, _choose(fits, 1, 2))
+    tail = _choose(rip | none, 0, _choose(fits, scaled & 0xFF, disp & 0xFFFFFFFF))
+    tail = _choose(sib, tail << 8 | scale << 6 | _choose(indexed, index & 7, 4) << 3 | low3, tail)
+    modrm = mod << 6 | _choose(rip, 5, _choose(sib, 4, low3))
+    return modrm, tail, length + _choose(sib, 1, 0), _choose(indexed, index >> 3, 0), _choose(rip, 0, base >> 3)
+
+
+def _signed(word: int) -> int:
+    """The lower 64 bits as NumPy's integers hold them."""
+    return (word + (1 << 63) & _WORD) - (1 << 63)
 
 
 def _join(
@@ -261,12 +273,17 @@ def _join(
 ) -> tuple[Words, Words | None, Ints | int]:
     """Head and tail bytes as a pair of words, and the total length."""
     length = at + size
-    word = head | tail << at * 8
-    low = (np.full(n, word, np.int64) if isinstance(word, int) or word.ndim == 0 else word).view(np.uint64)
+    shifted = tail << at * 8
+    word = head | (_signed(shifted) if isinstance(shifted, int) else shifted)
+    low = np.full(n, word & _WORD, np.uint64) if isinstance(word, int) else word.view(np.uint64)
     if (length if isinstance(length, int) else length.max()) <= 8:
         return low, None, length
     bits = np.asarray(64 - at * 8).astype(np.uint64)
-    return low, (np.zeros(n, np.int64) + tail).view(np.uint64) >> bits, length
+    return (
+        low,
+        (np.zeros(n, np.int64) + (_signed(tail) if isinstance(tail, int) else tail)).view(np.uint64) >> bits,
+        length,
+    )
 
 
 _NOPS = {
@@ -321,9 +338,7 @@ def _resolve(batch: Batch, code: NDArray[np.uint8], offsets: Ints, places: Ints)
 
     They end their instruction: no RIP-relative operand has an immediate behind it.
     """
-    branch, base = "b" in _ROWS[batch.row].operands, batch.fields.get("base", 0)
-    if not branch and (base != RIP if isinstance(base, int) else not (base == RIP).any()):
-        return
+    branch, base = _BRANCHES[batch.row], batch.fields.get("base", 0)
     label = np.zeros(batch.place.size, np.int64) + (batch.fields["imm"] if branch else batch.fields["disp"])
     rows = np.arange(label.size) if branch else np.flatnonzero(np.zeros(label.size, np.int64) + base == RIP)
     end, label = offsets[batch.place[rows] + 1], label[rows]

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import InternalError
-from ..vector import OP, OPS, PITCH_OF, POOL_BYTES, Columns, Program, S
+from ..vector import OP, OPS, PITCH_OF, POOL_BYTES, Program, S, by_operation, unpacked
 from .encoder import EVEX512, LEGACY, RIP, VEX256, Batch, Field, Ints
 from .table import ALIGN, LABEL, ROW, ROWS
 
@@ -106,10 +106,7 @@ _MODIFIES = np.array(
     ]
 )
 _GPR_OF = np.array([GPR[s] for s in S], np.int8)
-_MEMORY, _WRITES = 1, 2
-_KIND = np.array(
-    [_MEMORY * ("m" in op.form) + _WRITES * (op.scalar and "d" in op.form) for op in OPS], np.uint8
-)  # both, where a scalar is loaded
+_WRITES = np.array([op.scalar and "d" in op.form for op in OPS])
 
 
 _Part = tuple[int, int, dict[str, Any]]
@@ -145,22 +142,19 @@ def lower(program: Program, encoding: int) -> list[Batch]:
     Label ``program.labels`` stands for the start of the constant pool.
     """
     recipes, c = _PARSED[encoding], program.columns
-    op = c["op"]
-    by_op = np.argsort(op, kind="stable")
-    cuts = np.searchsorted(op[by_op], np.arange(len(OPS) + 1))
-    present = np.flatnonzero(cuts[1:] > cuts[:-1]).tolist()
-    missing = [OPS[i].name for i in present if i not in recipes]
+    op = np.ascontiguousarray(c["op"])
+    rows_by_op = by_operation(op)
+    missing = [OPS[i].name for i in rows_by_op if i not in recipes]
     if missing:
         raise InternalError(f"no recipe for {missing} in this encoding")
-    operand = _Addressing(program, encoding)
-    count = _COUNTS[encoding][op] + operand.extra
+    operand = _Addressing(program, rows_by_op, encoding)
+    count = _COUNTS[encoding].take(op) + operand.extra
     start = np.cumsum(count) - count
     batches = operand.batches(start)
     start += operand.extra
-    for number in present:
-        rows_of = by_op[cuts[number] : cuts[number + 1]]
+    for number, rows_of in rows_by_op.items():
         for rows in operand.alike(rows_of) if "m" in OPS[number].form else [rows_of]:
-            view = _Rows(c, rows, operand, program.labels, OPS[number].scalar)
+            view = _Rows(program, rows, operand, OPS[number].scalar)
             for k, (row, enc, sources) in enumerate(recipes[number]):
                 batches += view.instruction(row, enc, start[rows] + k, sources)
     return batches
@@ -169,8 +163,14 @@ def lower(program: Program, encoding: int) -> list[Batch]:
 class _Rows:
     """The program rows of one operation, as the fields of the instructions that stand for them."""
 
-    def __init__(self, c: Columns, rows: Ints, operand: _Addressing, pool: int, scalar: bool) -> None:
-        self.c, self.rows, self.operand, self.pool, self.scalar = c, rows, operand, pool, scalar
+    def __init__(self, program: Program, rows: Ints, operand: _Addressing, scalar: bool) -> None:
+        self.c, self.rows, self.operand, self.pool, self.scalar = (
+            program.columns, rows, operand, program.labels, scalar,
+        )  # fmt: skip
+        self.registers = unpacked(program.table.heads.take(rows))
+
+    def _column(self, name: str) -> NDArray[Any]:
+        return self.registers[name] if name in self.registers else self.c[name].take(self.rows)
 
     def instruction(self, row: int, enc: int, place: Ints, sources: dict[str, Any]) -> list[Batch]:
         fields: dict[str, Field] = {}
@@ -179,18 +179,20 @@ class _Rows:
             if key == "mem":
                 fields |= self.operand.fields(self.rows)
             elif key == "arg":
-                fields |= {"base": GPR[S.ARGS], "disp": self.c["disp"][self.rows]}
+                fields |= {"base": GPR[S.ARGS], "disp": self.c["disp"].take(self.rows)}
             elif key in ("pool", "code"):
-                fields |= {"base": RIP, "disp": self.pool if key == "pool" else self.c["disp"][self.rows]}
+                fields |= {"base": RIP, "disp": self.pool if key == "pool" else self.c["disp"].take(self.rows)}
             elif key == "imm":
-                fields["imm"] = source if isinstance(source, int) else self.c[source or "disp"][self.rows]
+                fields["imm"] = source if isinstance(source, int) else self._column(source or "disp")
             elif isinstance(source, int):
                 fields[key] = source
             elif self.scalar:
-                fields[key] = _GPR_OF[self.c[source][self.rows]]
+                fields[key] = _GPR_OF.take(self.registers[source])
             else:
                 column, _, above = source.partition("+")
-                register = self.c[column][self.rows] + np.int16(above or 0)
+                register = self.registers[column]
+                if above:
+                    register = register + np.int16(above)
                 fields[key] = register
                 if key == "rm" and source == "b" and (register < 0).any():
                     constant = register < 0
@@ -223,22 +225,20 @@ class _Addressing:
     a loop.
     """
 
-    def __init__(self, program: Program, encoding: int) -> None:
-        c = program.columns
-        op, ptr = c["op"], c["ptr"]
+    def __init__(self, program: Program, rows_by_op: dict[int, Ints], encoding: int) -> None:
+        c, ptr = program.columns, np.ascontiguousarray(program.columns["ptr"])
         self.c, self.disp = c, c["disp"].copy()
         self.extra = np.zeros(len(program), np.int64)
         self._index: dict[int, tuple[NDArray[np.int8], NDArray[np.int8]]] = {}
         self._moves: list[tuple[Ints, S, Ints, Ints]] = []
         self._products: list[tuple[Ints, S, Ints]] = []
         self._indexed = np.zeros(len(program), np.int8)
-        kind = _KIND.take(op)
-        memory = kind & _MEMORY != 0
-        writes = np.flatnonzero(kind & _WRITES)
-        labels = np.flatnonzero(op == OP["label"])
+        none = np.zeros(0, np.int64)
+        writes = np.sort(np.concatenate([none, *(rows for i, rows in rows_by_op.items() if _WRITES[i])]))
+        labels = rows_by_op.get(OP["label"], none)
         for number in sorted({*_WINDOWED, *np.unique(ptr[c["step"] != 0]).tolist()}):
             pointer = S(number)
-            rows = np.flatnonzero((ptr == number) & memory)
+            rows = np.flatnonzero(ptr == number)
             if not rows.size:
                 continue
             written = writes[c["d"][writes] == number]
@@ -250,13 +250,14 @@ class _Addressing:
             turns = [np.zeros(1, np.int64), turns[turns < rows.size]]
             turns += [np.flatnonzero(place[1:] != place[:-1]) + 1 for place in (window, reach) if place is not None]
             at = np.unique(np.concatenate(turns))
-            none = np.zeros(at.size, np.int64)
-            window, reach = none if window is None else window[at], none if reach is None else reach[at]
+            still = np.zeros(at.size, np.int64)
+            window, reach = still if window is None else window[at], still if reach is None else reach[at]
             self._move(pointer, rows[at], written, window, reach)
-            modifies = _MODIFIES[op[written]]
+            modifies = _MODIFIES[c["op"][written]]
             self._check(
                 pointer, rows, rows[at], (window != 0) | (reach != 0), labels, written[~modifies], written[modifies]
             )
+        self._kind = ptr * np.int8(2) + (self._indexed != 0)
 
     def _windows(self, pointer: S, rows: Ints, encoding: int) -> Ints | None:
         """How many bytes the pointer is moved for each row; what is left of the displacement stays."""
@@ -317,17 +318,17 @@ class _Addressing:
 
     def alike(self, rows: Ints) -> list[Ints]:
         """``rows`` apart by pointer, and by whether there is an index: the plain ones are many, and quickly encoded."""
-        kind = self.c["ptr"][rows] * 2 + (self._indexed[rows] != 0)
-        if (kind == kind[0]).all():
+        kind = self._kind.take(rows)
+        if kind.min() == kind.max():
             return [rows]
-        return [rows[kind == one] for one in np.unique(kind)]
+        return [rows.take(np.flatnonzero(kind == one)) for one in np.unique(kind)]
 
     def fields(self, rows: Ints) -> dict[str, Field]:
         """The memory operand of ``rows``, which are alike, as fields of an instruction."""
-        fields: dict[str, Field] = {"base": GPR[S(int(self.c["ptr"][rows[0]]))], "disp": self.disp[rows]}
+        fields: dict[str, Field] = {"base": GPR[S(int(self.c["ptr"][rows[0]]))], "disp": self.disp.take(rows)}
         if self._indexed[rows[0]]:
-            indexed = self._indexed[rows]
-            fields |= {"index": _INDEX[indexed], "scale": _SCALE[indexed]}
+            indexed = self._indexed.take(rows)
+            fields |= {"index": _INDEX.take(indexed), "scale": _SCALE.take(indexed)}
         return fields
 
     def batches(self, start: Ints) -> list[Batch]:
