@@ -38,6 +38,7 @@ class Problem(NamedTuple):
     size: int
     stride: int
     channels: int  # groups of the convolution
+    pad: int | None = None  # zeros on every side; None pads as "same_upper" does
 
 
 def resnet50() -> list[Problem]:
@@ -82,11 +83,12 @@ def peers(p: Problem, x: Any) -> dict[str, Call]:
     operators: Any = import_module("openvino.opset13")
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
-    begin = 1 if p.stride == 1 else 0  # TensorFlow's "SAME" for even sizes
+    begin = p.pad if p.pad is not None else 1 if p.stride == 1 else 0  # TensorFlow's "SAME" for even sizes
+    end = 1 if p.pad is None else p.pad
     stride, calls = [p.stride] * 2, dict[str, Call]()
     tw, padded = torch.from_numpy(p.weight), torch.from_numpy(x)
     pad = [begin, begin]
-    if not begin:  # PyTorch pads alike on both sides: give it the padded image
+    if begin != end:  # PyTorch pads alike on both sides: give it the padded image
         padded, pad = torch.nn.functional.pad(padded, (0, 1, 0, 1)), [0, 0]
     nhwc = padded.to(memory_format=torch.channels_last)
     packed = torch._C._nn.mkldnn_reorder_conv2d_weight(
@@ -96,7 +98,7 @@ def peers(p: Problem, x: Any) -> dict[str, Call]:
     for name, image in (("oneDNN NCHW", padded), ("oneDNN NHWC", nhwc)):
         calls[name] = lambda image=image: apply(image, packed, None, pad, stride, [1, 1], p.channels, "none", [], "")
     helper, value = onnx.helper, onnx.helper.make_tensor_value_info
-    node = helper.make_node("Conv", ["x", "w"], ["y"], strides=stride, pads=[begin, begin, 1, 1], group=p.channels)
+    node = helper.make_node("Conv", ["x", "w"], ["y"], strides=stride, pads=[begin, begin, end, end], group=p.channels)
     graph = helper.make_graph([node], "layer", [value("x", 1, x.shape)], [value("y", 1, None)],
                               [onnx.numpy_helper.from_array(p.weight, "w")])  # fmt: skip
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
@@ -110,10 +112,10 @@ def peers(p: Problem, x: Any) -> dict[str, Call]:
     calls["ONNX Runtime"] = lambda kept=(x, y): session.run_with_iobinding(binding)
     parameter = operators.parameter(x.shape, np.float32, name="x")
     if p.channels == 1:
-        result = operators.convolution(parameter, operators.constant(p.weight), stride, [begin] * 2, [1, 1], [1, 1])
+        result = operators.convolution(parameter, operators.constant(p.weight), stride, [begin] * 2, [end] * 2, [1, 1])
     else:
         by_group = operators.constant(p.weight[:, None])
-        result = operators.group_convolution(parameter, by_group, stride, [begin] * 2, [1, 1], [1, 1])
+        result = operators.group_convolution(parameter, by_group, stride, [begin] * 2, [end] * 2, [1, 1])
     config = {"INFERENCE_NUM_THREADS": 1, "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY",
               "INFERENCE_PRECISION_HINT": "f32"}  # fmt: skip
     compiled = openvino.Core().compile_model(openvino.Model([result], [parameter], "layer"), "CPU", config)

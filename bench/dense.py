@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""Dense products beside the best dense engine: the 1x1 layers of ResNet-50, BERT-base's linear layers and attention.
+"""Dense layers beside the best dense engine: convolutions of ResNet-50, BERT-base's linear layers and attention.
 
-    python bench/dense.py [--target x86-avx2] [--only bert] [--json bench/results/dense.json]
+    python bench/dense.py [--target x86-avx2] [--only resnet50_3x3] [--json bench/results/dense.json]
 
 All candidates of a problem are timed in turn in one process: every peer in all its forms first, then the three fastest
-of them beside ours in more rounds. Ratios are medians over rounds, with the 10th and 90th percentile.
+of them beside ours in more rounds. Ratios are medians over rounds, with the 10th and 90th percentile. Engines choose
+their algorithms themselves; what oneDNN chose, ONEDNN_VERBOSE=1 names.
 """
 
 from __future__ import annotations
@@ -29,6 +30,10 @@ RESNET = (
     (64, 64, 3136), (256, 64, 3136), (64, 256, 3136), (128, 256, 3136), (512, 128, 784), (128, 512, 784),
     (256, 512, 784), (512, 256, 784), (1024, 256, 196), (256, 1024, 196), (512, 1024, 196), (1024, 512, 196),
     (2048, 512, 49), (512, 2048, 49), (2048, 1024, 49),
+)  # fmt: skip
+CONVOLUTIONS = (  # outputs, inputs, kernel, size, stride
+    (64, 64, 3, 56, 1), (128, 128, 3, 28, 1), (256, 256, 3, 14, 1), (512, 512, 3, 7, 1), (128, 128, 3, 56, 2),
+    (256, 256, 3, 28, 2), (512, 512, 3, 14, 2), (64, 3, 7, 224, 2),
 )  # fmt: skip
 LINEAR = ((768, 768), (3072, 768), (768, 3072))
 TOKENS = (128, 384)
@@ -60,6 +65,22 @@ def weights(selection: baselines.Selection, problem: Problem, target: str) -> tu
     return {"sparsert": step}, peers, keep
 
 
+def convolution(shape: tuple[int, int, int, int, int], target: str) -> tuple[Calls, Calls, list[Any]]:
+    """One image, weights packed outside of the timed region."""
+    conv, torch = import_module("conv"), import_module("torch")
+    outputs, inputs, kernel, size, stride = shape
+    rng = np.random.default_rng(0)
+    w = rng.standard_normal((outputs, inputs, kernel, kernel), np.float32)
+    x, pad = rng.standard_normal((1, inputs, size, size), np.float32), kernel // 2
+    peers: Calls = conv.peers(conv.Problem("", (), w, size, stride, 1, pad), x)
+    step = sparsert.compile_conv2d(w, stride=stride, padding=pad, target=target, threads=1, form="dense").bind(x)
+    double = torch.from_numpy(x).double(), torch.from_numpy(w).double()
+    want = torch.nn.functional.conv2d(*double, None, stride, pad).numpy()
+    if np.abs(step() - want).max() > 1e-5 * np.abs(want).max():
+        raise SystemExit("wrong convolution")
+    return {"sparsert": step}, peers, [x, w]
+
+
 def attention(tokens: int, scores: bool, target: str) -> tuple[Calls, Calls, list[Any]]:
     """(T, 64) @ (64, T) or (T, T) @ (T, 64) for twelve heads of one sequence; contiguous operands for everyone."""
     torch: Any = import_module("torch")
@@ -68,7 +89,7 @@ def attention(tokens: int, scores: bool, target: str) -> tuple[Calls, Calls, lis
     b = rng.standard_normal((HEADS, tokens, WIDTH), np.float32)
     right = b.swapaxes(1, 2) if scores else b
     y = np.zeros((HEADS, tokens, tokens if scores else WIDTH), np.float32)
-    op = sparsert.compile_product(transpose_b=scores, target=target)
+    op = sparsert.compile_product(transpose_b=scores, target=target, threads=1)
     want = np.matmul(a.astype(np.float64), right)
     if np.abs(op(a, b) - want).max() > 1e-5 * np.abs(want).max():
         raise SystemExit("wrong product")
@@ -140,6 +161,11 @@ def main() -> None:
     for group, kind, (m, k, n) in shapes:
         problem = Problem(f"{m}x{k}x{n}", group, problems.uniform(m, k, 0.0), n, kind=kind)  # type: ignore[arg-type]
         cases.append((group, problem.name, lambda p=problem: weights(selection, p, args.target), 2.0 * m * k * n))
+    for shape in CONVOLUTIONS:
+        o, c, k, size, stride = shape
+        name = f"{c}->{o} {k}x{k} @{size}" + f"/{stride}" * (stride > 1)
+        flops = 2.0 * o * c * k * k * ((size - 1) // stride + 1) ** 2
+        cases.append(("resnet50_3x3", name, lambda s=shape: convolution(s, args.target), flops))
     for t in TOKENS:
         for scores in (True, False):
             name = f"12 x ({t}x{WIDTH})({WIDTH}x{t})" if scores else f"12 x ({t}x{t})({t}x{WIDTH})"

@@ -40,9 +40,10 @@ from sparsert.runtime.cpu import Executable, address_of
 from sparsert.runtime.memory import aligned_empty
 from sparsert.runtime.workers import job
 
-# rows, columns, N, sparsity; the first ones have 20 MFLOP of nonzero work or more, the last is there for information
+# rows, columns, N, sparsity; all but one, there for information, have 20 MFLOP of nonzero work or more
 LAYERS = (
     (1024, 1024, 196, 0.8), (4096, 1024, 512, 0.9), (3072, 768, 512, 0.9), (2048, 2048, 128, 0.9), (512, 512, 196, 0.9),
+    (512, 256, 784, 0.0), (3072, 768, 128, 0.0),
 )  # fmt: skip
 LAYOUTS = ("row_major", "linear")
 CONVOLUTION = (64, 64, 56, 0.9)  # 3x3: outputs, inputs, side of an image, sparsity; batch 1

@@ -13,13 +13,14 @@ import numpy as np
 
 from .codegen.assemble import assemble, listing
 from .codegen.vector import Program, Table
-from .crew import crew, ranges
+from .crew import crew, dense_crew, ranges
 from .errors import CodeBudgetError, UnsupportedError, ValueRangeError
 from .kernels import activations, matmul
 from .operators import tuned
 from .operators.arrays import Array
 from .operators.compact import CompactProduct, SmallProducts, looped_code_bytes
 from .operators.dense import DenseProduct
+from .operators.dense_conv import DenseConv
 from .operators.matmul import Compiled, CompiledLinear, CompiledMatmul, Product, Stats
 from .operators.native import NativeProduct
 from .operators.product import CompiledProduct, ProductSpec
@@ -122,7 +123,7 @@ def compile_linear(
 
 def compile_product(
     *, transpose_a: bool = False, transpose_b: bool = False, scale: float = 1.0, activation: Any = None,
-    target: str = "native",
+    target: str = "native", threads: int | None = None,
 ) -> CompiledProduct:  # fmt: skip
     """Compile ``y = act(scale * a @ b)`` for two activations, as in attention: a (..., M, K), b (..., K, N).
 
@@ -132,10 +133,11 @@ def compile_product(
         transpose_a: a is (..., K, M).
         transpose_b: b is (..., N, K).
         scale: the sums are multiplied by this, rounded to float32.
-        activation, target: as in :func:`compile_matmul`.
+        activation, target, threads: as in :func:`compile_matmul`.
 
     Raises:
-        UnsupportedError: an unknown activation or target. ValueRangeError: ``scale`` is no finite number.
+        UnsupportedError: an unknown activation or target. ValueRangeError: ``scale`` is no finite number, or
+            ``threads`` no positive one.
         TargetUnavailableError, ExecutableMemoryError: as in :func:`compile_matmul`.
     """
     for name, flag in (("transpose_a", transpose_a), ("transpose_b", transpose_b)):
@@ -150,7 +152,8 @@ def compile_product(
         raise ValueRangeError(f"{scale!r} is no finite number", where="scale", hint="1 / sqrt(64) is usual.")
     found, parameters = activations.parse(activation)
     spec = ProductSpec(bool(transpose_a), bool(transpose_b), factor, found.name if found else None, parameters)
-    return CompiledProduct(spec, host.resolve(target))
+    request = make_request(target, threads, None, None)
+    return CompiledProduct(spec, request.target, dense_crew(request.target, request.threads))
 
 
 def compile_listing(
@@ -210,7 +213,7 @@ def _compile(
     if dense_reason and request.target.isa != "reference":
         as_dense = replace(task, layout="transposed" if kind is CompiledLinear else task.layout)
         try:
-            return made(_build_dense(as_dense, matrix.values, b, request, dense_reason, started))
+            return made(build_dense(as_dense, matrix.values, b, request, dense_reason, started))
         except CodeBudgetError:
             if form is not None:
                 raise
@@ -261,18 +264,22 @@ def build(
     return Compiled(task, target, made, stats, chosen, reason, request.threads, list_code, made.threads_note)
 
 
-def _build_dense(
-    task: Task, values: Array, bias: Array | None, request: Request, reason: str, started: float
-) -> Compiled:
-    product = DenseProduct(task, request.target)
+def build_dense(
+    task: Task, values: Array, bias: Array | None, request: Request, reason: str, started: float,
+    native: Callable[[Task, Target], DenseProduct | DenseConv] = DenseProduct,
+) -> Compiled:  # fmt: skip
+    """From a task to what an operator of the dense form holds."""
+    product = native(task, request.target)
     product.load(values, bias)
+    if (threads := dense_crew(request.target, request.threads)) is not None:
+        product.share(threads)
     code = product.code
     within(code.size, request.budget)
     stats = _stats(task, started, code.size, code.instructions, float(code.rows))
-    note = partial(_one_thread, "the dense form")
     return Compiled(
-        task, request.target, product, stats, product.schedule, reason, request.threads, product.listing, note
-    )
+        task, request.target, product, stats, product.schedule, reason, request.threads, product.listing,
+        product.threads_note,
+    )  # fmt: skip
 
 
 def _build_looped(task: Task, values: Array, bias: Array | None, request: Request, started: float) -> Compiled:

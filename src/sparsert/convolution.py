@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from .compiler import build
-from .errors import ShapeError, UnsupportedError, ValueRangeError
+from .compiler import build, build_dense
+from .errors import CodeBudgetError, ShapeError, UnsupportedError, ValueRangeError
 from .kernels import depthwise
 from .operators.conv import CompiledConv, ReferenceConv, as_weight, flat
 from .operators.conv_transpose import (
@@ -20,9 +20,10 @@ from .operators.conv_transpose import (
     phases,
     transposed_weight,
 )
+from .operators.dense_conv import DenseConv
 from .operators.depthwise import DepthwiseProduct
 from .operators.images import ConvProduct
-from .request import make_request, make_task
+from .request import make_request, make_task, why_dense
 from .schedule.schedule import Schedule
 from .sparsity.geometry import Padding, pair
 from .sparsity.geometry import padding as read_padding
@@ -34,6 +35,7 @@ def compile_conv2d(
     weight: Any, bias: Any = None, activation: Any = None, *, stride: Any = 1, padding: Any = 0, dilation: Any = 1,
     groups: int = 1, kernel: Any = None, residual: str | None = None, precision: str = "f32", target: str = "native",
     threads: int | None = None, schedule: Schedule | None = None, max_code_bytes: int | None = None,
+    form: str | None = None,
 ) -> CompiledConv:  # fmt: skip
     """Compile ``y = act(conv2d(x, W) + b)`` for a sparse W; x (B, C, H, W) of any B, H and W.
 
@@ -48,20 +50,21 @@ def compile_conv2d(
             ``auto_pad``).
         groups: channels of input and output are cut into so many groups; C of them is a depthwise convolution.
         kernel: (kh, kw) of a weight that is given as a matrix.
+        form: "sparse", "dense" (a product per group) or None, as for :func:`compile_matmul`.
         bias, activation, residual, precision, target, threads, schedule, max_code_bytes: as for :func:`compile_matmul`.
 
     Raises:
         The errors of :func:`compile_matmul`. At a call, ShapeError where the padded image is smaller than a kernel.
     """
     return _compile(weight, kernel, 2, stride, read_padding(padding), dilation, groups, bias, activation, residual,
-                    precision, target, threads, schedule, max_code_bytes)  # fmt: skip
+                    precision, target, threads, schedule, max_code_bytes, form)  # fmt: skip
 
 
 def compile_conv1d(
     weight: Any, bias: Any = None, activation: Any = None, *, stride: int = 1, padding: Any = 0, dilation: int = 1,
     groups: int = 1, kernel: int | None = None, residual: str | None = None, precision: str = "f32",
     target: str = "native", threads: int | None = None, schedule: Schedule | None = None,
-    max_code_bytes: int | None = None,
+    max_code_bytes: int | None = None, form: str | None = None,
 ) -> CompiledConv:  # fmt: skip
     """Compile ``y = act(conv1d(x, W) + b)`` for a sparse W (O, C / groups, k); x (B, C, L) to y (B, O, L').
 
@@ -73,13 +76,13 @@ def compile_conv1d(
     (_, s), (_, d) = pair(stride, "stride", 1), pair(dilation, "dilation", 1)
     places = None if kernel is None else (1, kernel)
     return _compile(weight, places, 1, (1, s), read_padding(pads), (1, d), groups, bias, activation, residual,
-                    precision, target, threads, schedule, max_code_bytes)  # fmt: skip
+                    precision, target, threads, schedule, max_code_bytes, form)  # fmt: skip
 
 
 def _compile(
     weight: Any, kernel: Any, axes: int, stride: Any, pads: Padding, dilation: Any, groups: int, bias: Any,
     activation: Any, residual: str | None, precision: str, target: str, threads: int | None,
-    schedule: Schedule | None, max_code_bytes: int | None,
+    schedule: Schedule | None, max_code_bytes: int | None, form: str | None,
 ) -> CompiledConv:  # fmt: skip
     started = time.perf_counter()
     matrix, (kh, kw) = _weight(weight, kernel, axes)
@@ -89,6 +92,15 @@ def _compile(
     window = replace(window, masked=1 <= window.kernel[1] <= masks and pads.covers(window))
     task, b = make_task(matrix, bias, activation, residual, precision, "row_major")
     task = replace(task, window=window)
+    reason = why_dense(form, task, request.target, schedule)
+    if reason and request.target.isa != "reference":
+        conv = partial(DenseConv, window=window, padding=pads)
+        try:
+            return CompiledConv(build_dense(task, matrix.values, b, request, reason, started, conv), b, window, pads,
+                                axes)  # fmt: skip
+        except CodeBudgetError:
+            if form is not None:
+                raise
     native = DepthwiseProduct if depthwise.fits(task, request.target) else ConvProduct
     compiled = build(
         task, matrix.values, b, request, started,
@@ -136,7 +148,7 @@ def _groups(groups: Any, matrix: SparseMatrix) -> int:
 def compile_conv_transpose2d(
     weight: Any, bias: Any = None, activation: Any = None, *, stride: Any = 1, padding: Any = 0,
     output_padding: Any = 0, dilation: Any = 1, groups: int = 1, residual: str | None = None, precision: str = "f32",
-    target: str = "native", threads: int | None = None, max_code_bytes: int | None = None,
+    target: str = "native", threads: int | None = None, max_code_bytes: int | None = None, form: str | None = None,
 ) -> CompiledConvTranspose:  # fmt: skip
     """Compile ``y = act(conv_transpose2d(x, W) + b)``, as ``torch.nn.ConvTranspose2d``.
 
@@ -148,8 +160,8 @@ def compile_conv_transpose2d(
         padding: zeros that the convolution it transposes would add: an integer, (rows, columns) or
             ((top, bottom), (left, right)).
         output_padding: rows and columns added at the end; less than stride or dilation.
-        stride, dilation, groups, bias, activation, residual, precision, target, threads, max_code_bytes: as for
-            :func:`compile_conv2d`.
+        stride, dilation, groups, bias, activation, residual, precision, target, threads, max_code_bytes, form: as
+            for :func:`compile_conv2d`.
 
     Raises:
         The errors of :func:`compile_conv2d`.
@@ -168,7 +180,7 @@ def compile_conv_transpose2d(
             op = compile_conv2d(
                 part_of(dense, row, column), bias, activation, padding=(row.pads, column.pads),
                 dilation=(row.dilation, column.dilation), groups=groups, residual=residual, precision=precision,
-                target=target, threads=threads, max_code_bytes=max_code_bytes,
+                target=target, threads=threads, max_code_bytes=max_code_bytes, form=form,
             )  # fmt: skip
             parts.append(Part(row, column, op))
     return CompiledConvTranspose(tuple(parts), s, groups, (dense.shape[0], np.asarray(weight).shape[0]))

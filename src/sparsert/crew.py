@@ -10,6 +10,7 @@ from .codegen.assemble import assemble
 from .codegen.parking import PoolCode
 from .errors import ExecutableMemoryError
 from .kernels import matmul, worker
+from .operators import dense_parts
 from .operators.native import Crew, NativeProduct
 from .request import Request, schedule_for
 from .runtime import workers
@@ -41,6 +42,13 @@ def ranges(request: Request) -> Crew | None:
     if request.threads < 2 or not workers.supported():
         return None
     return Crew(lambda: shared_pool(request.target), request.threads, lambda parts: [])
+
+
+def dense_crew(target: Target, threads: int) -> dense_parts.Crew | None:
+    """What a dense operator on several threads needs; None where there are none."""
+    if threads < 2 or not workers.supported() or target.isa == "reference":
+        return None
+    return dense_parts.Crew(lambda: shared_pool(target), threads)
 
 
 def shared_pool(target: Target) -> workers.Pool:

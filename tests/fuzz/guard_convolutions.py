@@ -58,7 +58,7 @@ def run_case(c: dict[str, Any], rng: np.random.Generator, targets: Sequence[str]
         for target in targets:
             op = sparsert.compile_conv2d(
                 w, bias, c.get("activation"), stride=c["stride"], padding=c["pads"], dilation=c["dilation"], groups=g,
-                residual=c["residual"], target=target,
+                residual=c["residual"], target=target, form=c.get("form"),
             )  # fmt: skip
             out[...] = -7e33
             for _ in range(2):
@@ -98,6 +98,8 @@ def main() -> int:
         else:
             rng = np.random.default_rng([seed, number])
             c, target = drawn(rng), str(rng.choice(targets))
+            if rng.random() < 0.4:
+                c |= {"form": "dense", "outputs": c["outputs"] + 20 * (c["groups"] == 1)}
         print(f"case {number} {target} {c}", file=sys.stderr, flush=True)
         problems = run_case(c, rng, [target])
         if problems:

@@ -25,16 +25,8 @@ from sparsert.errors import (
 from sparsert.kernels.dense import generate
 from sparsert.kernels.dense_arguments import Form, Slot
 from sparsert.kernels.plan import FOLD_TAPS
-from sparsert.operators.dense import (
-    Code,
-    Extents,
-    TurnedBinding,
-    blocks_of_rows,
-    code_of,
-    frame,
-    pack_panels,
-    pack_rows,
-)  # fmt: skip
+from sparsert.operators.dense import Code, Turned, code_of, frame, pack_panels, pack_rows
+from sparsert.operators.dense_parts import Extents, blocks_of_rows
 from sparsert.runtime.cpu import address_of
 from sparsert.schedule.dense import DenseSchedule, choose, conflicts, turns
 from sparsert.sparsity.pattern import as_sparse
@@ -107,8 +99,8 @@ def test_columns_that_leave_vectors_empty(
         )
         y = dense(x, residual=r)
         assert same_bits(y, sparse(x, residual=r))
-        kinds = {type(binding) for binding in dense._compiled.product._bindings.values()}  # type: ignore[attr-defined]
-        assert kinds == {TurnedBinding}
+        bindings = dense._compiled.product._bindings.values()  # type: ignore[attr-defined]
+        assert {type(made) for binding in bindings for made in binding.free} == {Turned}
         dense.refit(2 * weight)
         sparse.refit(2 * weight)
         assert same_bits(dense(x, residual=r), sparse(x, residual=r))
@@ -181,6 +173,7 @@ def test_the_interpreter_gives_the_same_bits(
         made.point(address_of(a), address_of(b), address_of(y), address_of(r))
         if interpreted:
             arrays = {"a": a, "b": b, "y": y, "r": r, "bias": bias, "scratch": made.scratch}
+            arrays |= {"aheads": made.kept} if isinstance(made.kept, np.ndarray) else {}
             memory = {name: region(address_of(array), array) for name, array in arrays.items()}
             run(generate(form, found).program, found.lanes, made.slots, memory)
         else:
@@ -204,6 +197,7 @@ def test_an_instruction_set_of_another_machine(rng: np.random.Generator) -> None
         made.slots[Slot.BIAS] = address_of(bias)
         made.point(address_of(a), address_of(b), address_of(y), 0)
         arrays = {"a": a, "b": b, "y": y, "bias": bias, "scratch": made.scratch}
+        arrays |= {"aheads": made.kept} if isinstance(made.kept, np.ndarray) else {}
         run(kernel.program, 4, made.slots, {name: region(address_of(array), array) for name, array in arrays.items()})
         want = left.astype(np.float64) @ right + (bias if form.bias else 0)
         assert (np.abs(y - want) <= bound(left, right) + 1e-6 * np.abs(bias)).all()

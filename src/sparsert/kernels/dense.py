@@ -21,7 +21,8 @@ from ..codegen.vector import Builder, Program, Row, S, check, row
 from ..target import Target
 from . import epilogue
 from .activations import ACTIVATIONS
-from .dense_arguments import Form, Slot
+from .dense_arguments import Form, Line, RowsLine, Slot, Tap
+from .dense_image import load_tap, look_ahead, next_taps, reach_tap, stage, walk_taps
 from .layout import transpose4
 
 UNROLL = 4
@@ -83,6 +84,10 @@ _PANELS = ((VECTORS, False), *((v, True) for v in range(1, VECTORS + 1)))
 """Vectors and mask: whole panels, then the possible last ones."""
 
 
+_STEPPED = ("A", "B", "C", "R", "BIAS")
+"""What lies elsewhere for each matrix of a batch."""
+
+
 class _Program:
     def __init__(self, form: Form, target: Target, b: Builder) -> None:
         self.form, self.target, self.b = form, target, b
@@ -91,8 +96,9 @@ class _Program:
         self.rows = most_rows(form, target)
         self.source = VECTORS * self.rows  # vectors of B behind the accumulators, then the element of A
         self.element = self.source + VECTORS
+        self.ahead = form.a == "columns" and form.b == "rows"  # and there are registers to spare
         self.finish = {v: b.label(f"activation of {self.rows}x{v}") for v in range(1, VECTORS + 1)}
-        self.packs_first = form.b == "transposed"
+        self.packs_first, self.image, self.turned = form.b == "transposed", form.b == "image", form.a == "image"
         self.choose: dict[tuple[int, bool, bool], int] = {}
 
     # ---- short words for rows of the program -----------------------------------------------------------------------
@@ -132,15 +138,16 @@ class _Program:
     # ---- loops -----------------------------------------------------------------------------------------------------
     def emit(self) -> None:
         b = self.b
-        kinds = [(*panel, packs) for panel in _PANELS for packs in (False, True) if not (packs and self.packs_first)]
+        packing = (False,) if self.packs_first or self.turned else (False, True)
+        kinds = [(*panel, packs) for panel in _PANELS for packs in packing]
         self.choose = {kind: b.label() for kind in kinds}
         pack = {v: b.label("pack transposed B") for v in range(1, VECTORS + 1)}
         b.emit("enter")
-        self.copy(*((getattr(Slot, f"{name}_MATRIX"), Slot[name]) for name in "ABCR"), (Slot.MATRICES_LEFT, Slot.BATCH))
+        self.copy(*((Slot[f"{name}_MATRIX"], Slot[name]) for name in _STEPPED), (Slot.MATRICES_LEFT, Slot.BATCH))
         matrix = b.label("matrix of the batch")
         b.place(matrix)
         self._matrix(pack)
-        self.advance(*((Slot[f"{name}_MATRIX"], Slot[f"{name}_BATCH"]) for name in "ABCR"))
+        self.advance(*((Slot[f"{name}_MATRIX"], Slot[f"{name}_BATCH"]) for name in _STEPPED))
         self.repeat(Slot.MATRICES_LEFT, matrix)
         b.emit("leave")
         if self.packs_first:
@@ -178,6 +185,9 @@ class _Program:
                   (Slot.FINAL, Slot.ZERO), (Slot.K_LEFT, Slot.K_BLOCKS), (Slot.NOW_TURNS, Slot.TURNS),
                   (Slot.NOW_REST, Slot.REST), (Slot.NOW_GROUPS, Slot.K_GROUPS), (Slot.NOW_K_TAIL, Slot.K_TAIL),
                   (Slot.NOW_K_MASK, Slot.K_MASK))  # fmt: skip
+        if self.image or self.turned:
+            self.copy((Slot.LINE, Slot.LINES), (Slot.TAPS_AT, Slot.TAPS))
+            stage(b, self.form, self.target)
         block, last, panels = b.label("block of K"), b.label("last block of K"), b.label()
         b.place(block)
         self.unless(Slot.K_LEFT, last)
@@ -190,18 +200,51 @@ class _Program:
                   (Slot.NOW_GROUPS, Slot.LAST_K_GROUPS), (Slot.NOW_K_TAIL, Slot.LAST_K_TAIL),
                   (Slot.NOW_K_MASK, Slot.LAST_K_MASK))  # fmt: skip
         b.place(panels)
+        if self.image:
+            self._line()
         self._panels(pack)
         self.advance((Slot.A_BLOCK, Slot.A_K), (Slot.B_BLOCK, Slot.B_K))
         self.copy((Slot.START, Slot.NEXT))
+        if self.image:
+            self.advance((Slot.TAPS_AT, Slot.TAPS_K))
+        if self.turned:
+            self.advance((Slot.LINE, Slot.LINES_K))
         self.unless(Slot.FINAL, block)
+
+    def _line(self) -> None:
+        """What the line of this block of K says."""
+        b = self.b
+        self.get(S.T, Slot.LINE)
+        for slot, word in ((Slot.NOW_TURNS, Line.TURNS), (Slot.NOW_REST, Line.REST), (Slot.A_K, Line.A),
+                           (Slot.TAPS_K, Line.TAPS)):  # fmt: skip
+            b.emit("s_load", d=S.TMP, ptr=S.T, disp=word.byte)
+            self.put(S.TMP, slot)
+        b.emit("s_addi", d=S.T, disp=8 * len(Line))
+        self.put(S.T, Slot.LINE)
+
+    def _line_of_rows(self) -> None:
+        """What the line of this block of rows says."""
+        b = self.b
+        self.get(S.T, Slot.LINE_ROWS)
+        for slot, word in ((Slot.NOW_TURNS, RowsLine.TURNS), (Slot.NOW_REST, RowsLine.REST),
+                           (Slot.TAPS_AT, RowsLine.TAPS), (Slot.AHEAD_STEP, RowsLine.AHEAD_STEP)):  # fmt: skip
+            b.emit("s_load", d=S.TMP, ptr=S.T, disp=word.byte)
+            self.put(S.TMP, slot)
+        for slot, word, base in ((Slot.BIAS_ROWS, RowsLine.BIAS, Slot.BIAS_HERE),
+                                 (Slot.AHEAD, RowsLine.AHEAD, Slot.B_HERE)):  # fmt: skip
+            b.emit("s_load", d=S.TMP, ptr=S.T, disp=word.byte)
+            b.emit("s_add_arg", d=S.TMP, disp=base.byte)
+            self.put(S.TMP, slot)
+        b.emit("s_addi", d=S.T, disp=8 * len(RowsLine))
+        self.put(S.T, Slot.LINE_ROWS)
 
     def _panels(self, pack: dict[int, int]) -> None:
         """All panels of columns, for one block of K: groups of whole ones, then the last one if it is narrower."""
         b = self.b
         if self.form.a == "rows":
             self._copy_a()
-        here = ("B_HERE", "C_HERE", "R_HERE", "BIAS_HERE")
-        start = (Slot.B_BLOCK, Slot.C_MATRIX, Slot.R_MATRIX, Slot.BIAS)
+        here = ("B_HERE", "C_HERE", "R_HERE", "BIAS_HERE") + self.image * ("VIEWS_HERE",)
+        start = (Slot.B_BLOCK, Slot.C_MATRIX, Slot.R_MATRIX, Slot.BIAS_MATRIX) + self.image * (Slot.VIEWS,)
         self.copy(*zip((Slot[name] for name in here), start, strict=True), (Slot.GROUPS_LEFT, Slot.GROUPS),
                   (Slot.IN_TAIL, Slot.ZERO))  # fmt: skip
         tail, group, whole, end = b.label("last panel"), b.label("group of panels"), b.label(), b.label()
@@ -216,6 +259,9 @@ class _Program:
         b.place(last)
         self.copy((Slot.PANELS_NOW, Slot.LAST_GROUP))
         b.place(whole)
+        self.copy((Slot.AHEAD_FROM, Slot.B_HERE))
+        if self.ahead:
+            self.advance((Slot.AHEAD_FROM, Slot.B_GROUP))
         self._rows(VECTORS, False, Slot.PACK, pack)
         self.advance(*((Slot[name], Slot[name.replace("HERE", "GROUP")]) for name in here))
         self.repeat(Slot.GROUPS_LEFT, group)
@@ -251,24 +297,31 @@ class _Program:
                       (Slot.B_ACROSS, Slot.B_PANEL), (Slot.PACKING, packs))  # fmt: skip
         first = Slot.A_FROM if self.form.a == "rows" else Slot.A_BLOCK
         self.copy((Slot.A_AT, first), (Slot.C_ROWS, Slot.C_HERE), (Slot.R_ROWS, Slot.R_HERE),
-                  (Slot.BIAS_ROWS, Slot.BIAS_HERE))  # fmt: skip
+                  (Slot.BIAS_ROWS, Slot.BIAS_HERE), *(self.turned * ((Slot.LINE_ROWS, Slot.LINE),)),
+                  (Slot.AHEAD_LINE, Slot.AHEADS))  # fmt: skip
         for size in ("LARGE", "SMALL"):
             over, rows = b.label(), b.label(f"{size.lower()} blocks of rows")
             self.unless(Slot[size], over)
             self.copy((Slot.ROWS_LEFT, Slot[size]))
             b.place(rows)
+            if self.turned:
+                self._line_of_rows()
+            elif self.ahead:
+                self._next_ahead()
             self.copy((Slot.B_AT, Slot.B_NEXT), (Slot.C_AT, Slot.C_ROWS), (Slot.R_AT, Slot.R_ROWS),
                       (Slot.BIAS_AT, Slot.BIAS_ROWS), (Slot.PANELS_LEFT, Slot.PANELS_NOW))  # fmt: skip
             plain, after = b.label(), b.label()
             across = ((Slot.C_AT, Slot.C_PANEL), (Slot.R_AT, Slot.R_PANEL), (Slot.BIAS_AT, Slot.BIAS_PANEL))
-            if not self.packs_first:
+            if not (self.packs_first or self.turned):
                 again = b.label()
                 self.unless(Slot.PACKING, plain)
-                self.copy((Slot.PANEL_AT, Slot.PANEL))
+                views = self.image * ((Slot.VIEWS_AT, Slot.VIEWS_HERE),)
+                self.copy((Slot.PANEL_AT, Slot.PANEL), *views)
                 b.place(again)
                 self.get(S.TMP, Slot[f"SKIP_{size}"])
                 b.emit("call", disp=self.choose[vectors, masked, True])
-                self.advance((Slot.B_AT, Slot.B_PANEL), (Slot.PANEL_AT, Slot.PANEL_STEP), *across)
+                views = self.image * ((Slot.VIEWS_AT, Slot.VIEWS_PANEL),)
+                self.advance((Slot.B_AT, Slot.B_PANEL), (Slot.PANEL_AT, Slot.PANEL_STEP), *across, *views)
                 self.repeat(Slot.PANELS_LEFT, again)
                 self.copy((Slot.PACKING, Slot.ZERO))
                 self._packed(width)
@@ -276,13 +329,23 @@ class _Program:
             b.place(plain)
             self.get(S.TMP, Slot[f"SKIP_{size}"])
             b.emit("call", disp=self.choose[vectors, masked, False])
-            self.advance((Slot.B_AT, Slot.B_ACROSS), *across)
+            self.advance((Slot.B_AT, Slot.B_ACROSS), *across, *(self.ahead * ((Slot.AHEAD, Slot.B_PANEL),)))
             self.repeat(Slot.PANELS_LEFT, plain)
             b.place(after)
             self.advance((Slot.A_AT, Slot[f"A_{size}"]), *((Slot[f"{name}_ROWS"], Slot[f"{name}_{size}"])
                                                            for name in ("C", "R", "BIAS")))  # fmt: skip
             self.repeat(Slot.ROWS_LEFT, rows)
             b.place(over)
+
+    def _next_ahead(self) -> None:
+        """Which part of the next group of panels this block of rows prefetches."""
+        b = self.b
+        self.get(S.T, Slot.AHEAD_LINE)
+        b.emit("s_load", d=S.TMP, ptr=S.T)
+        b.emit("s_add_arg", d=S.TMP, disp=Slot.AHEAD_FROM.byte)
+        self.put(S.TMP, Slot.AHEAD)
+        b.emit("s_addi", d=S.T, disp=8)
+        self.put(S.T, Slot.AHEAD_LINE)
 
     def _packed(self, width: int) -> None:
         """From now on B is read from its panels."""
@@ -330,13 +393,20 @@ class _Program:
         self._start(shape)
         for register, slot in ((S.Y, Slot.A_AT), (S.PX, Slot.A_PITCH), (S.W, Slot.B_AT), (S.PY, Slot.B_STEP)):
             self.get(register, slot)
-        if self.form.a == "rows":
+        if self.turned:
+            walk_taps(b)
+        elif self.form.a == "rows":
             for register, slot in ((S.PX3, Slot.A_PITCH3), (S.PX5, Slot.A_PITCH5), (S.PX7, Slot.A_PITCH7)):
                 self.get(register, slot)
         else:
             b.emit("s_mov", d=S.X, a=S.Y)
         if shape.packs:
             self.get(S.PANEL, Slot.PANEL_AT)
+        if shape.packs and self.image:
+            next_taps(b)
+        if self.ahead and not shape.packs:
+            self.get(S.PX7, Slot.AHEAD)
+            self.get(S.PX5, Slot.AHEAD_STEP)
         for steps, count in ((UNROLL, Slot.NOW_TURNS), (1, Slot.NOW_REST)):
             over, turn = b.label(), b.label()
             self.get(S.K, count)
@@ -356,23 +426,36 @@ class _Program:
             yield row("s_mov", d=S.X, a=S.Y)
             yield row("s_addi", d=S.Y, disp=4 * steps)
         for k in range(steps):
-            for j in range(shape.vectors):
-                masked = shape.packs and shape.masked and j == shape.vectors - 1
-                yield row("load_mask" if masked else "load", d=self.source + j, ptr=S.W, disp=j * self.tile)
+            if self.turned:
+                yield from reach_tap(k)
+            if shape.packs and self.image:
+                yield from load_tap(k, range(self.source, self.source + shape.vectors), self.target)
+            else:
+                for j in range(shape.vectors):
+                    masked = shape.packs and shape.masked and j == shape.vectors - 1
+                    yield row("load_mask" if masked else "load", d=self.source + j, disp=j * self.tile,
+                              ptr=S.PX5 if self.turned else S.W)  # fmt: skip
             if shape.packs:
                 for j in range(shape.vectors):
                     yield row("store", a=self.source + j, ptr=S.PANEL, disp=(k * shape.vectors + j) * self.tile)
-            yield row("s_add", d=S.W, a=S.PY)
+            if not (self.turned or (shape.packs and self.image)):
+                yield row("s_add", d=S.W, a=S.PY)
             order = range(shape.rows)
             for i in reversed(order) if rows and k % 2 else order:  # fewer moves of a base that reaches eight rows
                 where = {"step": i, "disp": 4 * k} if rows else {"disp": 4 * i}
-                yield row("bcast", d=self.element, ptr=S.X, **where)
+                yield row("bcast", d=self.element, ptr=S.PX3 if self.turned else S.X, **where)
                 for j in range(shape.vectors):
                     yield row("fma_acc", d=shape.accumulator(i, j), a=self.source + j, b=self.element)
-            if not rows:
+            if self.form.a == "columns":
                 yield row("s_add", d=S.X, a=S.PX)
         if shape.packs:
             yield row("s_addi", d=S.PANEL, disp=steps * shape.vectors * self.tile)
+        if self.turned and steps > 1:
+            yield from look_ahead(S.PX)
+        if self.ahead and not shape.packs and steps > 1:
+            yield from look_ahead(S.PX5)
+        if self.turned or (shape.packs and self.image):
+            yield row("s_addi", d=S.CONST, disp=8 * len(Tap) * steps)
 
     def _mask(self) -> None:
         self.get(S.TMP, Slot.MASK)

@@ -14,13 +14,17 @@ class Form:
     """What one code object computes; extents, pitches and batch are arguments.
 
     Attributes:
-        a: "rows" (M, K), elements of a row back to back, or "columns" (K, M).
-        b: "rows" (K, N) or packed panels (panels, K, width), or "transposed" (N, K).
+        a: "rows" (M, K), elements of a row back to back, "columns" (K, M), or "image": rows are the positions of a
+            convolution's output, columns its taps (:mod:`~.dense_image`).
+        b: "rows" (K, N) or packed panels (panels, K, width), "transposed" (N, K), or "image": rows of K are taps of a
+            convolution, each somewhere in an image, columns are the positions of its output
+            (:mod:`~.dense_image`).
         bias: None, "rows" (one per row of C) or "columns".
         activation, parameters: a row of the activation table.
         scale: results are multiplied by the single float at BIAS before anything else.
         residual: None, "before" or "after" the activation.
         scatter: C is written transposed, (N, M): its rows are then columns of the caller's array.
+        step: of an image that is staged, from column to column: 1 or 2.
     """
 
     a: str = "rows"
@@ -31,10 +35,11 @@ class Form:
     residual: str | None = None
     scale: bool = False
     scatter: bool = False
+    step: int = 1
 
     def __post_init__(self) -> None:
-        known = {"a": ("rows", "columns"), "b": ("rows", "transposed"), "bias": (None, "rows", "columns"),
-                 "residual": (None, "before", "after")}  # fmt: skip
+        known = {"a": ("rows", "columns", "image"), "b": ("rows", "transposed", "image"),
+                 "bias": (None, "rows", "columns"), "residual": (None, "before", "after"), "step": (1, 2)}  # fmt: skip
         for name, values in known.items():
             if getattr(self, name) not in values:
                 raise UnsupportedError(f"{name}={getattr(self, name)!r}", where=name, hint=f"Known: {values}.")
@@ -59,6 +64,7 @@ class Slot(Slots):
     B_BATCH = auto()
     C_BATCH = auto()
     R_BATCH = auto()
+    BIAS_BATCH = auto()
     A_K = auto()  # from block to block of K
     B_K = auto()
     B_PANEL = auto()  # from panel to panel of columns
@@ -116,6 +122,18 @@ class Slot(Slots):
     OVERLAP_PITCH = auto()
     QUAD_PITCH = auto()
     SIXTEEN = auto()
+    LINES = auto()  # images: a line per block of K (:class:`Line`),
+    TAPS = auto()  # a line per tap (:class:`Tap`),
+    VIEWS = auto()  # and for each panel the address of its masks
+    VIEWS_PANEL = auto()
+    VIEWS_GROUP = auto()
+    VIEWS_TAIL = auto()
+    LINES_K = auto()  # from block to block of K
+    STAGES = auto()  # copies that make planes of an image, 0 where it is read as it is; a line for each (:class:`Copy`)
+    COPIES = auto()
+    PLANES = auto()
+    CHANNELS = auto()
+    AHEADS = auto()  # second operands by rows: for each block of rows, bytes to what it prefetches of the next panel
     ZERO = auto()
     ONE = auto()
     MATRICES_LEFT = auto()  # from here on: variables of the kernel
@@ -128,6 +146,7 @@ class Slot(Slots):
     B_MATRIX = auto()
     C_MATRIX = auto()
     R_MATRIX = auto()
+    BIAS_MATRIX = auto()
     A_BLOCK = auto()  # its current block of K,
     B_BLOCK = auto()
     B_HERE = auto()  # the panel,
@@ -156,3 +175,58 @@ class Slot(Slots):
     START = auto()  # 0: with the bias or a product, 1: with C, 2: anew
     FINAL = auto()  # this is the last block of K
     PACKING = auto()
+    LINE = auto()  # images: of the next block of K, or of rows, its first tap, the masks of the panel,
+    LINE_ROWS = auto()
+    AHEAD = auto()  # what is prefetched, and by how much that moves on in a turn
+    AHEAD_STEP = auto()
+    AHEAD_FROM = auto()
+    AHEAD_LINE = auto()
+    TAPS_AT = auto()
+    TAPS_K = auto()
+    VIEWS_HERE = auto()
+    VIEWS_AT = auto()
+    COPIES_LEFT = auto()  # the copy
+
+
+class Line(Slots):
+    """What differs between blocks of K where the second operand is an image."""
+
+    TURNS = 0
+    REST = auto()
+    A = auto()  # bytes of the block in A, and in the table of taps
+    TAPS = auto()
+
+
+class RowsLine(Slots):
+    """What differs between blocks of rows, by block of K, where the first operand is an image."""
+
+    TURNS = 0
+    REST = auto()
+    TAPS = auto()  # address of the first tap
+    BIAS = auto()  # bytes from the bias to that of these rows
+    AHEAD = auto()  # and from the panel to what is prefetched meanwhile; by how much that moves on in a turn
+    AHEAD_STEP = auto()
+
+
+class Tap(Slots):
+    """Bytes from where a panel or a block of rows begins to what a tap reads; and the place of the rest.
+
+    That is its masks, from those of the panel on, or its row of the other operand, from the start of a packed panel.
+    """
+
+    PLACE = 0
+    OTHER = auto()
+
+
+class Copy(Slots):
+    """A copy of rows of an image to a plane, channel after channel; bytes, counts, and the address of its masks."""
+
+    FROM = 0
+    TO = auto()
+    ROWS = auto()
+    FROM_ROW = auto()
+    TO_ROW = auto()
+    FROM_CHANNEL = auto()
+    TO_CHANNEL = auto()
+    VECTORS = auto()  # whole ones, before the last
+    MASKS = auto()  # of the last one: as it is loaded, twice where every other column is wanted, and as it is stored

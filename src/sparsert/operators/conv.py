@@ -9,6 +9,7 @@ import numpy as np
 from ..errors import ShapeError
 from ..kernels.activations import ACTIVATIONS
 from ..runtime.cpu import address_of
+from ..schedule.dense import DenseSchedule
 from ..schedule.task import Task
 from ..sparsity.geometry import Geometry, Padding
 from ..sparsity.pattern import SparseMatrix, is_sparse, require_finite
@@ -83,7 +84,8 @@ class CompiledConv(_Operator):
             )
             if value != usual
         )
-        return f"{o}x{c}x{kh}x{kw} sparse convolution{extra}"
+        form = "dense" if isinstance(self.schedule, DenseSchedule) else "sparse"
+        return f"{o}x{c}x{kh}x{kw} {form} convolution{extra}"
 
     def explain(self) -> str:
         """What was compiled and why so, in a few lines."""

@@ -22,6 +22,7 @@ from ..schedule.task import Task
 from ..sparsity.pattern import SparseMatrix
 from ..target import Target
 from .arrays import Array
+from .dense_parts import RANGES, Blocks, Crew, Extents, Parts, Share, Shift, blocks_of_rows, described, note, share_out
 
 SHAPES = 32  # shapes and pitches whose frames are kept
 
@@ -46,45 +47,13 @@ def code_of(form: Form, target: Target) -> Code:
     return Code(form, target, kernel.rows, Executable(code.code), len(code.code), code.instructions)
 
 
-@dataclass(frozen=True)
-class Extents:
-    """C (batch, M, N) = A (batch, M, K) @ B (batch, K, N), and where things lie, in bytes.
-
-    Pitches go from row to row as stored: of A given by columns, and of B transposed, those of the stored array.
-    ``a_block``: from block to block of packed rows of A; ``panel``: from panel to panel of packed B.
-    """
-
-    batch: int
-    m: int
-    n: int
-    k: int
-    a_pitch: int
-    b_pitch: int
-    c_pitch: int
-    r_pitch: int = 0
-    a_batch: int = 0
-    b_batch: int = 0
-    c_batch: int = 0
-    r_batch: int = 0
-    a_block: int = 0
-    panel: int = 0
-
-
-def blocks_of_rows(m: int, most: int) -> tuple[int, int, int]:
-    """Large blocks, small blocks, and the rows of a large one; small ones have a row less."""
-    count = -(-m // most)
-    size = -(-m // count)
-    large = m - count * (size - 1)
-    return large, count - large, size
-
-
 def spread_pitch(floats: int) -> int:
     """The pitch in bytes of rows of so many floats that fall into different sets of a cache: an odd number of lines."""
     return -(-4 * floats // 128) * 128 + 64
 
 
-def frame(code: Code, e: Extents, schedule: DenseSchedule) -> Frame:
-    """An argument block and scratch for such arrays, all but the addresses filled in."""
+def frame(code: Code, e: Extents, schedule: DenseSchedule, blocks: Blocks | None = None) -> Frame:
+    """An argument block and scratch for such arrays, all but the addresses filled in; ``blocks``: of rows."""
     lanes, tile, form = code.target.lanes, code.target.tile_bytes, code.form
     width = VECTORS * lanes
     kc = min(schedule.k_block, e.k)
@@ -92,7 +61,7 @@ def frame(code: Code, e: Extents, schedule: DenseSchedule) -> Frame:
     panels, rest = divmod(e.n, width)
     groups = -(-panels // schedule.panels)
     group = -(-panels // groups) if groups else 0
-    large, small, size = blocks_of_rows(e.m, code.rows)
+    large, small, size = blocks or blocks_of_rows(e.m, code.rows)
     transposed, rows, packed = form.b == "transposed", form.a == "rows", e.panel > 0
     copied = rows and (schedule.copy or conflicts(e.a_pitch, size, code.target)) and e.n > width
     a_pitch = spread_pitch(kc) if copied else e.a_pitch
@@ -115,6 +84,7 @@ def frame(code: Code, e: Extents, schedule: DenseSchedule) -> Frame:
     values = {
         Slot.B_PITCH: e.b_pitch, Slot.C_PITCH: e.c_pitch, Slot.R_PITCH: e.r_pitch,
         Slot.A_BATCH: e.a_batch, Slot.B_BATCH: e.b_batch, Slot.C_BATCH: e.c_batch, Slot.R_BATCH: e.r_batch,
+        Slot.BIAS_BATCH: e.bias_batch,
         Slot.A_K: kc * 4 if rows else kc * e.a_pitch, Slot.B_K: kc * (4 if transposed else e.b_pitch),
         Slot.BATCH: e.batch, Slot.K_BLOCKS: -(-e.k // kc) - 1, Slot.TAIL: -(-rest // lanes),
         Slot.GROUPS: groups, Slot.GROUP: group, Slot.LAST_GROUP: panels - (groups - 1) * group, Slot.ONE_PANEL: 1,
@@ -131,11 +101,31 @@ def frame(code: Code, e: Extents, schedule: DenseSchedule) -> Frame:
     }  # fmt: skip
     for slot, value in values.items():
         s[slot] = value
+    if form.a == "columns" and form.b == "rows":
+        # Blocks of rows behind the first, UNROLL of them, prefetch what the first will pack of the next group.
+        aheads = aligned_empty(large + small, np.int64)
+        aheads[:] = (np.arange(large + small) - 1) % UNROLL * e.b_pitch
+        result.kept, s[Slot.AHEADS], s[Slot.AHEAD_STEP] = aheads, address_of(aheads), UNROLL * e.b_pitch
     for name, count in (("LARGE", size), ("SMALL", size - 1)):
         s[Slot[f"A_{name}"]] = e.a_block or count * (a_pitch if rows else 4)
         s[Slot[f"C_{name}"]], s[Slot[f"R_{name}"]] = count * e.c_pitch, count * e.r_pitch
         s[Slot[f"BIAS_{name}"]] = 4 * count if form.bias == "rows" else 0
     return result
+
+
+def parts(
+    code: Code, e: Extents, schedule: DenseSchedule, crew: Crew | None, bias: Array,
+    among: tuple[str, ...] = RANGES, make: Callable[[Share], Frame] | None = None,
+) -> Parts:  # fmt: skip
+    """The product of such arrays, shared out; ``bias`` is what BIAS points to, ``make`` what makes unusual frames."""
+    form = code.form
+    shares, by = share_out(e, code.rows, code.target.lanes, crew, a=form.a, b=form.b, bias=form.bias, among=among)
+    frames: list[tuple[Frame, Share]] = []
+    for share in shares:
+        made = make(share) if make else frame(code, share.extents, schedule, share.blocks)
+        made.slots[Slot.BIAS] = address_of(bias) + share.shift.bias
+        frames.append((made, share))
+    return Parts(frames, code.executable.address, code.executable.call, crew, described(len(frames), by))
 
 
 def pack_rows(weight: Array, most: int) -> tuple[Array, int, int]:
@@ -204,6 +194,8 @@ class DenseProduct:
         _, k = task.pattern.shape
         self.fold = fold_width(k, k)
         self.schedule = choose(k, self.fold, target, VECTORS * target.tile_bytes)
+        self.crew: Crew | None = None
+        self.seen: dict[int, str] = {}
         self.values: list[Packed] = []
         self._bias: Array = aligned_empty(0)
         self._bindings: dict[tuple[int, ...], DenseBinding] = {}
@@ -211,6 +203,15 @@ class DenseProduct:
     def _form(self, a: str, bias: str) -> Form:
         t = self.task
         return Form(a, "rows", bias if t.bias else None, t.activation, t.parameters, t.residual)
+
+    def share(self, crew: Crew) -> None:
+        """Calls for shapes not seen yet may use several threads."""
+        self.crew = crew
+        self._bindings.clear()
+
+    def threads_note(self) -> str:
+        """How many threads calls so far used, in words."""
+        return note(self.crew, self.seen)
 
     def load(self, values: Array, bias: Array | None) -> None:
         """Pack new values; calls under way keep the ones they started with."""
@@ -246,28 +247,35 @@ class DenseProduct:
         else:
             extents = Extents(1, m, columns, k, pitch, x_pitch, y_pitch, r_pitch, a_block=step)
         schedule = replace(self.schedule, k_block=k) if same else self.schedule  # y is not written before r is read
-        code, bias = self.code, self._bias  # not self: a binding does not keep its product
+        return DenseBinding(self, self.code, self.linear, self.linear, self._parts(self.code, extents, schedule))
 
-        def make() -> Frame:
-            made = frame(code, extents, schedule)
-            made.slots[Slot.BIAS] = address_of(bias)
+    def _parts(
+        self, code: Code, extents: Extents, schedule: DenseSchedule, among: tuple[str, ...] = RANGES
+    ) -> Callable[[], Parts]:
+        """How to make what a call on such arrays needs."""
+        bias, crew, seen = self._bias, self.crew, self.seen  # not self: a binding does not keep its product
+        columns = extents.m if code.form.bias == "columns" or self.linear else extents.n
+
+        def make() -> Parts:
+            made = parts(code, extents, schedule, crew, bias, among)
+            if len(seen) < SHAPES:
+                seen[columns] = made.how
             return made
 
-        return DenseBinding(self, code, self.linear, self.linear, make)
+        return make
 
     def _turned(self, columns: int, x_pitch: int, y_pitch: int, r_pitch: int, same: int) -> DenseBinding:
         m, k = self.task.pattern.shape
         _, _, pitch, step = self.values[0].get(True)
-        code, bias, schedule = code_of(self._form("columns", "columns"), self.target), self._bias, self.schedule
+        code = code_of(self._form("columns", "columns"), self.target)
         extents = Extents(1, columns, m, k, x_pitch, pitch, spread_pitch(m), spread_pitch(m), panel=step)
-        lanes, residual = self.target.lanes, self.task.residual is not None
+        target, crew, residual = self.target, self.crew, self.task.residual is not None
+        product = self._parts(code, extents, self.schedule, ("columns",))
 
-        def make() -> TurnedFrame:
-            made = TurnedFrame(frame(code, extents, schedule), m, columns, y_pitch, r_pitch, lanes, residual)
-            made.main.slots[Slot.BIAS] = address_of(bias)
-            return made
+        def make() -> Turned:
+            return Turned(product(), m, columns, y_pitch, r_pitch, target, residual, crew)
 
-        return TurnedBinding(self, code, True, True, make)
+        return DenseBinding(self, code, True, True, make)
 
     def listing(self) -> str:
         """The machine code as text, generated anew."""
@@ -288,7 +296,6 @@ class DenseBinding:
     def __init__(self, product: DenseProduct, code: Code, first: bool, panels: bool, make: Callable[[], Any]) -> None:
         self.executable, self.values, self.make = code.executable, product.values, make
         self.first, self.panels = first, panels
-        self.transpose = transposer_of(product.target).call
         self.free: list[Any] = []
 
     def call(self, xa: int, ya: int, ra: int) -> None:
@@ -298,14 +305,10 @@ class DenseBinding:
         except IndexError:
             made = self.make()
         packed, weights, _, _ = self.values[0].get(self.panels)  # held here: a refit does not free what this call reads
-        self.execute(made, *((xa, weights) if self.first else (weights, xa)), ya, ra)
+        made.point(*((xa, weights) if self.first else (weights, xa)), ya, ra)
+        made.run()
         self.free.append(made)
         del packed
-
-    def execute(self, made: Any, a: int, b: int, ya: int, ra: int) -> None:
-        """The native call."""
-        made.point(a, b, ya, ra)
-        self.executable.call(made.address)
 
     def fixed(self, xa: int, ya: int, ra: int) -> Callable[[], None]:
         """The call for arrays that stay where they are."""
@@ -313,31 +316,52 @@ class DenseBinding:
         return lambda: call(xa, ya, ra)
 
 
-class TurnedFrame:
-    """What a transposed product needs: its own frame, scratch for the transposed y and residual, and how to turn."""
+class Turned:
+    """What a transposed product needs: its frames, scratch for the transposed y and residual, and how to turn.
+
+    Args:
+        main: the product, shared out by columns: rows of W.
+        m, columns: extents of y.
+    """
 
     def __init__(
-        self, main: Frame, m: int, columns: int, y_pitch: int, r_pitch: int, lanes: int, residual: bool
-    ) -> None:
+        self, main: Parts, m: int, columns: int, y_pitch: int, r_pitch: int, target: Target, residual: bool,
+        crew: Crew | None,
+    ) -> None:  # fmt: skip
+        pitch, lanes = spread_pitch(m), target.lanes
+        cuts = [(share.first, share.extents.n) for share in main.shares]
+        if min(n for _, n in cuts) < lanes:  # too narrow to be transposed
+            cuts = [(0, m)]
+        back = [(Shift(4 * at, at * y_pitch), transpose_slots(columns, n, pitch, y_pitch, lanes)) for at, n in cuts]
+        there = [(Shift(at * r_pitch, 4 * at), transpose_slots(n, columns, r_pitch, pitch, lanes)) for at, n in cuts]
         self.main = main
-        pitch = spread_pitch(m)
-        size = columns * pitch // 4
-        self.out = Frame(len(TransposeArg), size)
-        self.out.slots[2:] = transpose_slots(columns, m, pitch, y_pitch, lanes)
-        self.residual = Frame(len(TransposeArg), size if residual else 0)
-        if residual:
-            self.residual.slots[2:] = transpose_slots(m, columns, r_pitch, pitch, lanes)
+        self.out = aligned_empty(columns * pitch // 4)
+        self.residual = aligned_empty(columns * pitch // 4 if residual else 1)
+        self.back = _transposition(target, back, crew)
+        self.there = _transposition(target, there, crew) if residual else None
+        self.pitches = pitch, y_pitch, r_pitch
+
+    def point(self, a: int, b: int, c: int, r: int) -> None:
+        """Where x, the weights, y and the residual lie."""
+        out, residual, (pitch, y_pitch, r_pitch) = address_of(self.out), address_of(self.residual), self.pitches
+        self.main.point(a, b, out, residual)
+        self.back.point(out, c, pitch, y_pitch)
+        if self.there is not None:
+            self.there.point(r, residual, r_pitch, pitch)
+
+    def run(self) -> None:
+        """The native calls."""
+        if self.there is not None:
+            self.there.run()
+        self.main.run()
+        self.back.run()
 
 
-class TurnedBinding(DenseBinding):
-    """The transposed product, transposed back."""
-
-    def execute(self, made: TurnedFrame, a: int, b: int, ya: int, ra: int) -> None:
-        y, r = address_of(made.out.scratch), address_of(made.residual.scratch)
-        if ra:
-            made.residual.slots[:2] = ra, r
-            self.transpose(made.residual.address)
-        made.main.point(a, b, y, r)
-        self.executable.call(made.main.address)
-        made.out.slots[:2] = y, ya
-        self.transpose(made.out.address)
+def _transposition(target: Target, cuts: list[tuple[Shift, list[int]]], crew: Crew | None) -> Parts:
+    """Transpositions whose first four slots, addresses and pitches, are told later."""
+    code, found = transposer_of(target), []
+    for shift, slots in cuts:
+        made = Frame(len(TransposeArg), 0)
+        made.slots[2:] = slots
+        found.append((made, shift))
+    return Parts(found, code.address, code.call, crew, "")

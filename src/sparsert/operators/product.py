@@ -11,13 +11,14 @@ import numpy as np
 from ..errors import AliasError, ShapeError
 from ..kernels.activations import ACTIVATIONS
 from ..kernels.dense import VECTORS
-from ..kernels.dense_arguments import Form, Slot
+from ..kernels.dense_arguments import Form
 from ..kernels.plan import fold_width
-from ..runtime.cpu import Frame, address_of
+from ..runtime.cpu import address_of
 from ..schedule.dense import choose
 from ..target import Target
 from .arrays import Array, as_input, as_output, empty, overlaps, packed_columns
-from .dense import SHAPES, Code, Extents, code_of, frame
+from .dense import SHAPES, Code, code_of, parts
+from .dense_parts import Crew, Extents, Parts, note
 from .matmul import Bound, Uncopied
 
 
@@ -42,9 +43,10 @@ class CompiledProduct(Uncopied):
         out: float32 (..., M, N), written and returned; a new array if None. It may overlap neither operand.
     """
 
-    def __init__(self, spec: ProductSpec, target: Target) -> None:
-        self.spec, self._target = spec, target
-        self._frames: dict[tuple[object, ...], tuple[Code, list[Frame]]] = {}
+    def __init__(self, spec: ProductSpec, target: Target, crew: Crew | None = None) -> None:
+        self.spec, self._target, self._crew = spec, target, crew
+        self._seen: dict[int, str] = {}
+        self._frames: dict[tuple[object, ...], tuple[Code, list[Parts]]] = {}
         self._scale = np.full(1, spec.scale, np.float32)
 
     @property
@@ -60,7 +62,7 @@ class CompiledProduct(Uncopied):
             words.append(f"scaled by {s.scale:.9g}")
         if s.activation:
             words.append(f"then {s.activation}{s.parameters or ''}")
-        return "; ".join(words)
+        return "; ".join([*words, f"threads {note(self._crew, self._seen)}"])
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} target={self.target}>"
@@ -146,12 +148,12 @@ class CompiledProduct(Uncopied):
         except IndexError:
             made = self._frame(code, a, b, y)
         made.point(address_of(a), address_of(b), address_of(y), 0)
-        code.executable.call(made.address)
+        made.run()
         free.append(made)
 
     def _fixed(self, a: Array, b: Array, y: Array) -> Callable[[], None]:
         """The native call on matrices that stay where they are. Threads that meet get frames of their own."""
-        code, free = self._code(a, b), list[Frame]()
+        code, free = self._code(a, b), list[Parts]()
 
         def run() -> None:
             try:
@@ -159,7 +161,7 @@ class CompiledProduct(Uncopied):
             except IndexError:
                 made = self._frame(code, a, b, y)
                 made.point(address_of(a), address_of(b), address_of(y), 0)
-            code.executable.call(made.address)
+            made.run()
             free.append(made)
 
         return run
@@ -170,14 +172,15 @@ class CompiledProduct(Uncopied):
                     activation=s.activation, parameters=s.parameters, scale=s.scale != 1)  # fmt: skip
         return code_of(form, self._target)
 
-    def _frame(self, code: Code, a: Array, b: Array, y: Array) -> Frame:
+    def _frame(self, code: Code, a: Array, b: Array, y: Array) -> Parts:
         (batch, m, k), n = a.shape, b.shape[2]
         fold = fold_width(k, k)
-        made = frame(code, Extents(
+        made = parts(code, Extents(
             batch, m, n, k, a.strides[1 if code.form.a == "rows" else 2], b.strides[1 if code.form.b == "rows" else 2],
             y.strides[1], 0, a.strides[0], b.strides[0], y.strides[0],
-        ), choose(k, fold, self._target, VECTORS * self._target.tile_bytes))  # fmt: skip
-        made.slots[Slot.BIAS] = address_of(self._scale)
+        ), choose(k, fold, self._target, VECTORS * self._target.tile_bytes), self._crew, self._scale)  # fmt: skip
+        if len(self._seen) < SHAPES:
+            self._seen[n] = made.how
         return made
 
 

@@ -34,6 +34,7 @@ _FETCHED = 1.7  # vector multiply-adds in the time in which the code and value o
 _MOVED = 2.0  # and in the time of packing or transposing a vector of x
 _WORTH = 0.97  # what ranges of rows must promise, of the time of ranges of columns, to be compiled
 _DENSE_CODE = 1.0  # times L1: unrolled code of a layer without zeros that is smaller stays in the cache
+_DENSE_ROWS = 4  # per group of a convolution: fewer leave the micro-kernel short of accumulators
 _DENSE_FORM = {True: 0.93, False: 0.65}  # density from which on the dense form is faster, by embedded broadcasts
 
 
@@ -44,6 +45,8 @@ def dense_reason(task: Task, target: Target) -> str:
     """
     pattern = task.pattern
     if pattern.nnz < pattern.rows * pattern.cols or code_bytes(task, target) < _DENSE_CODE * target.l1i:
+        return ""
+    if task.window and pattern.rows < _DENSE_ROWS * task.window.groups:
         return ""
     return "no weight is zero, so the looped form multiplies all of them with code that every dense layer shares"
 
