@@ -310,7 +310,11 @@ class Vectors:
 
 
 class _Code:
-    """The program of a plan: one channel after the other, in each its blocks, in each its tiles."""
+    """The program of a plan: images, in each one channel after the other, in each its blocks, in each its tiles.
+
+    Channels are counted by ``Arg.IMAGES``, so many bytes apart as its steps say; images by ``Arg.GROUP``, from the end
+    of one image's channels to the next image's first by ``Arg.X_GROUP`` and its kin.
+    """
 
     def __init__(self, plan: Plan) -> None:
         self.plan, self.b = plan, Builder()
@@ -439,8 +443,9 @@ class _Code:
         bases += [(S.PX5, Arg.R, Arg.R_IMAGE)] * (self.task.residual is not None)
         for register, slot in (*(base[:2] for base in bases), (S.W, Arg.W), (S.PANEL, Arg.MASKS)):
             b.emit("s_arg", d=register, disp=slot.byte)
-        b.emit("s_arg", d=S.TMP, disp=Arg.IMAGES.byte)
-        b.emit("s_put", a=S.TMP, disp=Arg.IMAGES_LEFT.byte)
+        for count, left in ((Arg.IMAGES, Arg.IMAGES_LEFT), (Arg.GROUP, Arg.COUNT)):
+            b.emit("s_arg", d=S.TMP, disp=count.byte)
+            b.emit("s_put", a=S.TMP, disp=left.byte)
         if plan.halves == 2:
             b.emit("s_arg", d=S.TMP, disp=Arg.PANEL.byte)
             for odd in (0, 1):
@@ -448,7 +453,8 @@ class _Code:
         once = plan.records == 1
         if once:
             self._resident()
-        channel, block, tile, done = b.label("next channel"), b.label("rows"), b.label("columns"), b.label()
+        channel, block, tile = b.label("next channel"), b.label("rows"), b.label("columns")
+        done, out = b.label("next image"), b.label()
         b.emit("align", disp=16)
         b.place(channel)
         for tap in range(taps):
@@ -483,6 +489,17 @@ class _Code:
         b.emit("jump_zero", a=S.TMP, disp=done)
         b.emit("jump", disp=channel)
         b.place(done)
+        b.emit("s_arg", d=S.TMP, disp=Arg.COUNT.byte)
+        b.emit("s_addi", d=S.TMP, disp=-1)
+        b.emit("s_put", a=S.TMP, disp=Arg.COUNT.byte)
+        b.emit("jump_zero", a=S.TMP, disp=out)
+        for (register, _, _), step in zip(bases, (Arg.X_GROUP, Arg.Y_GROUP, Arg.R_GROUP), strict=False):
+            b.emit("s_add_arg", d=register, disp=step.byte)
+        b.emit("s_arg", d=S.W, disp=Arg.W.byte)
+        b.emit("s_arg", d=S.TMP, disp=Arg.IMAGES.byte)
+        b.emit("s_put", a=S.TMP, disp=Arg.IMAGES_LEFT.byte)
+        b.emit("jump", disp=channel)
+        b.place(out)
         b.emit("leave")
         program = b.finish()
         check(program)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import threading
-import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
@@ -26,6 +23,7 @@ from ..sparsity.pattern import Pattern
 from ..sparsity.streams import Stream, lockstep, wide_bytes, windows
 from ..target import TARGETS, Target
 from .arrays import Array
+from .locks import ChildLock
 from .native import Binding, Framed, Loaded
 from .team import Solo
 
@@ -143,8 +141,7 @@ class SmallProducts:
     def __init__(self, task: Task, target: Target, current: Callable[[], tuple[Array, Array | None]]) -> None:
         self.task, self.target, self._current = task, target, current
         self._made: dict[tuple[str, bool], CompactProduct] = {}
-        self._lock = threading.Lock()
-        _LOCKED.add(self)
+        self._lock = ChildLock()
 
     def of(self, columns: int) -> CompactProduct | None:
         """The product for so many columns, or None where the operator's own is best."""
@@ -169,22 +166,6 @@ class SmallProducts:
             load()
             for made in self._made.values():
                 made.load(*self._current())
-
-    def forget_lock(self) -> None:
-        self._lock = threading.Lock()
-
-
-_LOCKED: weakref.WeakSet[SmallProducts] = weakref.WeakSet()
-
-
-def _after_fork() -> None:
-    """Another thread of the parent may have held a lock, which nobody would give back here."""
-    for products in list(_LOCKED):
-        products.forget_lock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
 
 
 def _fold(pattern: Pattern) -> int:

@@ -19,7 +19,7 @@ from ..sparsity.geometry import Band, Geometry, Padding
 from ..sparsity.taps import Window
 from ..target import Target
 from .native import MOST_SHAPES, Array, Binding, NativeProduct
-from .team import Call, Solo, Team
+from .team import Call, Shift, Solo, Team
 
 _Kind = TypeVar("_Kind", bound=Frame)
 
@@ -60,13 +60,13 @@ class ConvProduct(NativeProduct):
             self._splits[width] = split
         if self.crew is None or split.parts < 2:
             return self._solo(key, geometry, bands)
-        parts: list[tuple[Frame, int, tuple[int, int, int]]] = []
+        parts: list[tuple[Frame, int, Shift]] = []
         for part in range(split.parts):
             first, last = (images * p // split.parts for p in (part, part + 1)) if split.by == _IMAGES else (0, images)
             low, high = (len(bands) * p // split.parts for p in (part, part + 1))
             some = bands[low:high] if split.by == _ROWS else bands
             frame = self._band_frame(Frame, (last - first, *key[1:]), geometry, some)
-            parts.append((frame, self.executable.address, (first * key[3], first * key[7], first * key[10])))
+            parts.append((frame, self.executable.address, (first * key[3], first * key[7], first * key[10], 0)))
         return Team(self.crew.pool(), parts, 0)
 
     def _share_out(self, geometry: Geometry, images: int) -> Split:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -22,7 +21,8 @@ from ..schedule import cost
 from ..schedule.schedule import Schedule
 from ..schedule.task import Task
 from ..target import Target
-from .team import Call, Solo, Team, tile_cuts
+from .locks import ChildLock
+from .team import Call, Shift, Solo, Team, tile_cuts
 
 Array = NDArray[np.float32]
 _Kind = TypeVar("_Kind", bound=Frame)
@@ -162,7 +162,7 @@ class NativeProduct(Framed):
         self.executable = executable
         self.narrowest = target.lanes
         self._rows: dict[int, list[tuple[int, NativeProduct]]] = {}  # parts by rows, by how many were asked for
-        self._changing = threading.RLock()
+        self._changing = ChildLock()
         self._splits: dict[int, cost.Split] = {}  # by columns: what calls so far were
 
     def share(self, crew: Crew) -> None:
@@ -206,7 +206,8 @@ class NativeProduct(Framed):
                 old = self.values[0]
                 loaded = Loaded(dict(old.packed), dict(old.addresses))
                 self._pack(loaded, parts, made, *self.kernel.unpack(old.packed[0][0]))
-                self._rows[parts], self.values[0] = made, loaded
+                self.values[0] = loaded
+                self._rows[parts] = made
             return self._rows[parts]
 
     def bind(self, x: Array, y: Array, r: Array | None, columns: int) -> Binding:
@@ -230,7 +231,7 @@ class NativeProduct(Framed):
         start = -offset if self.task.layout == "row_major" and shared and long and offset % 4 == 0 else 0
         tiles = -(-(4 * columns - start) // width)
         split = self._split(tiles)
-        parts: list[tuple[Frame, int, tuple[int, int, int]]] = []
+        parts: list[tuple[Frame, int, Shift]] = []
         if split.by == "rows":
             for first, product in self._row_parts(split.parts):
                 dy, dr = self._row_steps(pitches)
@@ -238,7 +239,7 @@ class NativeProduct(Framed):
                     (
                         product._frame(Frame, columns, pitches, start),
                         product.executable.address,
-                        (0, first * dy, first * dr),
+                        (0, first * dy, first * dr, 0),
                     )
                 )
         elif split.by == "columns":
@@ -247,7 +248,7 @@ class NativeProduct(Framed):
             for low, high in pairwise(borders):
                 frame = self._frame(Frame, high - low, pitches, 0 if low else start)
                 dx, dy, dr = (low * step // lanes for step in self._tile_steps(pitches))
-                parts.append((frame, self.executable.address, (dx, dy, dr)))
+                parts.append((frame, self.executable.address, (dx, dy, dr, 0)))
         if len(self._splits) < MOST_SHAPES:
             self._splits[columns] = cost.Split(split.by, max(1, len(parts)))
         if self.crew is not None and len(parts) > 1:

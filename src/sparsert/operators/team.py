@@ -15,6 +15,10 @@ Addresses = Mapping[int, tuple[int, ...]]
 """Of packed values: of the whole product under 0, of its parts under their number."""
 
 
+Shift = tuple[int, int, int, int]
+"""Bytes by which x, y, the residual and the weights of a part lie behind those of the whole."""
+
+
 class Call(Protocol):
     """Prepared for arrays of one shape and pitch. One caller at a time has it to itself.
 
@@ -46,13 +50,14 @@ class Team:
     """On the caller and threads of the pool, each with an argument block and scratch of its own.
 
     Args:
-        parts: of each its frame, the address of its code, and how far its x, y and residual lie behind the caller's.
-        name: under which the parts' weights are found; 0 where all take those of the whole product.
+        parts: of each its frame, the address of its code, and how far its x, y, residual and weights lie behind the
+            caller's.
+        name: under which the parts' weights are found, one address for each or one for all.
     """
 
     __slots__ = ("_job", "_name", "_parts", "_pool", "_workers", "address", "nbytes")
 
-    def __init__(self, pool: Pool, parts: Sequence[tuple[Frame, int, tuple[int, int, int]]], name: int) -> None:
+    def __init__(self, pool: Pool, parts: Sequence[tuple[Frame, int, Shift]], name: int) -> None:
         self._pool, self._name, self._workers = pool, name, len(parts) - 1
         self._parts = [(frame.point, shift) for frame, _, shift in parts]
         self._job = job(pool.address, [(code, frame.address) for frame, code, _ in parts])
@@ -65,10 +70,10 @@ class Team:
 
     def aim(self, xa: int, ya: int, ra: int, weights: Addresses) -> None:
         own = weights[self._name]
-        if not self._name:
+        if len(own) == 1:
             own *= len(self._parts)
-        for (point, (dx, dy, dr)), w in zip(self._parts, own, strict=True):
-            point(xa + dx, ya + dy, ra + dr, w)
+        for (point, (dx, dy, dr, dw)), w in zip(self._parts, own, strict=True):
+            point(xa + dx, ya + dy, ra + dr, w + dw)
 
 
 def tile_cuts(tiles: int, parts: int, head: bool, tail: bool) -> NDArray[np.int64]:
