@@ -23,7 +23,7 @@ from sparsert.benchmarks import environment
 from sparsert.benchmarks.measure import Samples, interleave, spread
 from sparsert.codegen.assemble import assemble
 from sparsert.codegen.vector import Builder, S
-from sparsert.compiler import shared_pool
+from sparsert.crew import shared_pool
 from sparsert.errors import ValueRangeError
 from sparsert.runtime import host
 from sparsert.runtime.cpu import Executable, address_of

@@ -159,15 +159,15 @@ def routed(code: bytes) -> Any:
 def every_form(monkeypatch: Any) -> Iterator[None]:
     """AArch64 code of products that share code objects goes to the emulator too (dense, depthwise, looped ones), and
     what is shared out to threads."""
-    from sparsert import compiler
+    from sparsert import crew
     from sparsert.operators import compact, dense, depthwise
 
     shared = (compact._executable, dense.code_of, dense.transposer_of)
-    for module in (compact, dense, depthwise):
+    for module in (crew, compact, dense, depthwise):
         monkeypatch.setattr(module, "Executable", routed)
-    pool = compiler.shared_pool
+    pool = crew.shared_pool
     monkeypatch.setattr(
-        compiler, "shared_pool", lambda target: OneAfterTheOther() if target.machine == "aarch64" else pool(target)
+        crew, "shared_pool", lambda target: OneAfterTheOther() if target.machine == "aarch64" else pool(target)
     )
     for cached in shared:
         cached.cache_clear()

@@ -7,37 +7,43 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
 from .codegen.assemble import assemble, listing
-from .codegen.parking import PoolCode
 from .codegen.vector import Program
-from .errors import CodeBudgetError, ExecutableMemoryError, ScheduleError, ShapeError, UnsupportedError, ValueRangeError
-from .kernels import activations, matmul, worker
+from .crew import crew
+from .errors import CodeBudgetError, UnsupportedError, ValueRangeError
+from .kernels import activations, matmul
 from .operators import tuned
-from .operators.arrays import Array, as_input
+from .operators.arrays import Array
 from .operators.compact import CompactProduct, SmallProducts, looped_code_bytes
 from .operators.dense import DenseProduct
 from .operators.matmul import Compiled, CompiledLinear, CompiledMatmul, Product, Stats
-from .operators.native import Crew, NativeProduct
+from .operators.native import NativeProduct
 from .operators.product import CompiledProduct, ProductSpec
 from .operators.reference import ReferenceProduct
 from .operators.trials import Built
+from .request import (
+    MAX_CODE_BYTES,
+    Request,
+    check_schedule,
+    hopeful,
+    make_request,
+    make_task,
+    schedule_for,
+    why_dense,
+    within,
+)
 from .runtime import host, workers
 from .runtime.cpu import Executable
 from .schedule import cost
-from .schedule.schedule import Schedule, most_rows
+from .schedule.schedule import Schedule
 from .schedule.task import LAYOUTS, Task
 from .schedule.tuner import Tuning
-from .sparsity.partition import balanced
-from .sparsity.pattern import Pattern, SparseMatrix, as_sparse, require_finite
+from .sparsity.pattern import as_sparse
 from .target import Target
-
-PRECISIONS = ("f32",)
-MAX_CODE_BYTES = 1 << 30  # branches reach 2 GiB
-_LEAST_BYTES = 5  # per nonzero: what refuses a hopeless budget before any work is done
 
 _Kind = TypeVar("_Kind", CompiledMatmul, CompiledLinear)
 
@@ -154,8 +160,8 @@ def compile_listing(
         raise UnsupportedError(
             "the reference target has no machine code", where="target", hint="Name a compiled target."
         )
-    _check_schedule(schedule)
-    kernel = matmul.generate(task, _schedule(task, found, schedule), found)
+    check_schedule(schedule)
+    kernel = matmul.generate(task, schedule_for(task, found, schedule), found)
     return listing(kernel.program, found.isa)
 
 
@@ -175,7 +181,7 @@ def tune_layer(
     if found.isa == "reference" or wanted is None:
         raise UnsupportedError("the reference target has no schedules", where="target", hint="Name a compiled target.")
     task, b = make_task(matrix, bias, activation, residual, "f32", layout)
-    budget = _hopeful(MAX_CODE_BYTES, matrix.pattern.nnz)
+    budget = hopeful(MAX_CODE_BYTES, matrix.pattern.nnz)
     return tuned.run(task, found, wanted, lambda s: _build(task, s, found, budget, matrix.values, b)).tuning
 
 
@@ -191,7 +197,7 @@ def _compile(
     if schedule is not None and tune is not None:
         raise UnsupportedError("a given schedule leaves nothing to tune", where="tune", hint="Give one of the two.")
     request = make_request(target, threads, schedule, max_code_bytes, wanted)
-    dense_reason = _dense(form, task, request.target, schedule)
+    dense_reason = why_dense(form, task, request.target, schedule)
     if dense_reason and request.target.isa != "reference":
         as_dense = replace(task, layout="transposed" if kind is CompiledLinear else task.layout)
         try:
@@ -210,30 +216,6 @@ def _compile(
     return kind(compiled, b)
 
 
-class Request(NamedTuple):
-    """What a caller asked for beside the task, checked."""
-
-    target: Target
-    threads: int
-    schedule: Schedule | None
-    budget: int
-    tuning: tuned.Tuning | None = None
-
-
-def make_request(
-    target: str, threads: int | None, schedule: Schedule | None, max_code_bytes: int | None,
-    tuning: tuned.Tuning | None = None,
-) -> Request:  # fmt: skip
-    """The arguments that all compile functions share.
-
-    Raises:
-        ValueRangeError, ScheduleError, UnsupportedError, TargetUnavailableError: what is wrong with one.
-    """
-    permitted, found = _threads(threads), host.resolve(target)
-    _check_schedule(schedule)
-    return Request(found, permitted, schedule, _budget(max_code_bytes), tuning)
-
-
 def build(
     task: Task, values: Array, bias: Array | None, request: Request, started: float,
     native: Callable[..., NativeProduct] = NativeProduct, reference: Callable[[Task], Product] = ReferenceProduct,
@@ -246,7 +228,7 @@ def build(
         note = partial(_one_thread, "the reference target")
         stats = _stats(task, started)
         return Compiled(task, target, product, stats, None, "", request.threads, _no_listing, note)
-    budget = _hopeful(request.budget, task.pattern.nnz)
+    budget = hopeful(request.budget, task.pattern.nnz)
 
     def make(candidate: Schedule) -> Built:
         return _build(task, candidate, target, budget, values, bias, native)
@@ -255,11 +237,11 @@ def build(
     if request.schedule is None and request.tuning is not None:
         chosen, reason, built, _ = tuned.choose(task, target, request.tuning, make)
     else:
-        chosen = _schedule(task, target, request.schedule)
+        chosen = schedule_for(task, target, request.schedule)
         reason = "given by the caller" if request.schedule else cost.reason(task, target, chosen)
     kernel, made, code_bytes, instructions = built or make(chosen)
     if request.threads > 1 and workers.supported():
-        made.share(_crew(task, target, request.schedule, request.threads, budget - code_bytes))
+        made.share(crew(task, target, request.schedule, request.threads, budget - code_bytes))
     stats = _stats(task, started, code_bytes, instructions, task.pattern.nnz / max(1, kernel.x_loads))
 
     def list_code() -> str:
@@ -274,7 +256,7 @@ def _build_dense(
     product = DenseProduct(task, request.target)
     product.load(values, bias)
     code = product.code
-    _within(code.size, request.budget)
+    within(code.size, request.budget)
     stats = _stats(task, started, code.size, code.instructions, float(code.rows))
     note = partial(_one_thread, "the dense form")
     return Compiled(
@@ -315,158 +297,11 @@ def _build(
     """Machine code with its values, ready to be called."""
     kernel = matmul.generate(task, schedule, target)
     code = assemble(kernel.program, target.isa)
-    _within(len(code.code), budget)
+    within(len(code.code), budget)
     kernel = replace(kernel, program=Program({}, (), 0, {}))  # twice as large as the code, and not needed any more
     product = native(task, schedule, target, kernel, Executable(code.code))
     product.load(values, bias)
     return Built(kernel, product, len(code.code), code.instructions)
-
-
-def _crew(task: Task, target: Target, schedule: Schedule | None, threads: int, budget: int) -> Crew:
-    """What an operator on several threads needs: the pool, and how to compile parts by rows in ``budget`` bytes."""
-
-    def rows(parts: int) -> list[tuple[int, NativeProduct]]:
-        if cost.code_bytes(task, target) > budget:
-            return []
-        try:
-            return [(first, _part(task, target, schedule, first, last)) for first, last in _row_ranges(task, parts)]
-        except ExecutableMemoryError:  # no more room for code: columns will do
-            return []
-
-    return Crew(lambda: shared_pool(target), threads, rows)
-
-
-def shared_pool(target: Target) -> workers.Pool:
-    """The threads of this process, whose programs are generated when they are first asked for."""
-
-    def code() -> PoolCode:
-        return PoolCode(*(assemble(make(), target.isa).code for make in (worker.worker, worker.dispatch, worker.claim)))
-
-    return workers.shared(code)
-
-
-def _row_ranges(task: Task, parts: int) -> list[tuple[int, int]]:
-    """Ranges of rows with nearly equal numbers of nonzeros.
-
-    Those of transposed products have at least four rows, and all but the last come in fours.
-    """
-    unit = 4 if task.layout == "transposed" else 1
-    starts = np.arange(task.pattern.rows // unit) * unit
-    cuts = np.unique(balanced(np.add.reduceat(task.pattern.row_counts, starts), parts)) * unit
-    cuts[-1] = task.pattern.rows
-    return list(zip(cuts[:-1].tolist(), cuts[1:].tolist(), strict=True))
-
-
-def _part(task: Task, target: Target, schedule: Schedule | None, first: int, last: int) -> NativeProduct:
-    """The product of rows ``first`` to ``last`` alone, for arrays of the whole."""
-    p = task.pattern
-    low, high = int(p.indptr[first]), int(p.indptr[last])
-    pattern = Pattern(last - first, p.cols, p.indptr[first : last + 1] - low, p.indices[low:high].copy())
-    part = replace(task, pattern=pattern, height=p.rows)
-    if schedule:  # a part whose rows come in fours may need registers that the whole does not (layout.scatter)
-        schedule = replace(schedule, rows=min(schedule.rows, most_rows(target, matmul.spare(part, target))))
-    chosen = _schedule(part, target, schedule)
-    kernel = matmul.generate(part, chosen, target)
-    return NativeProduct(part, chosen, target, kernel, Executable(assemble(kernel.program, target.isa).code))
-
-
-def make_task(
-    matrix: SparseMatrix, bias: Any, activation: Any, residual: str | None, precision: str, layout: str
-) -> tuple[Task, Array | None]:
-    """The task that arguments of the compile functions describe, and its bias.
-
-    Raises:
-        ShapeError, DTypeError, ValueRangeError, UnsupportedError: what is wrong with an argument.
-    """
-    if not isinstance(precision, str) or precision not in PRECISIONS:
-        raise UnsupportedError(
-            f"unknown precision {precision!r}", where="precision", hint=f"Known: {', '.join(PRECISIONS)}."
-        )
-    if not (residual is None or (isinstance(residual, str) and residual in ("before", "after"))):
-        raise UnsupportedError(
-            f"residual={residual!r}", where="residual", hint="Use None, 'before' or 'after' (the activation)."
-        )
-    rows, columns = matrix.shape
-    b = None
-    if bias is not None:
-        b = np.ascontiguousarray(as_input(bias, "bias"))
-        if b.shape != (rows,):
-            raise ShapeError(f"shape {b.shape} is not (M={rows},)", where="bias", hint="One bias per output row.")
-        require_finite(b, "bias")
-        b = b.copy()
-    found, parameters = activations.parse(activation)
-    if layout == "transposed" and min(rows, columns) < 4:
-        layout = "row_major"
-    return Task(matrix.pattern, b is not None, found.name if found else None, parameters, residual, layout), b
-
-
-def _schedule(task: Task, target: Target, given: Schedule | None) -> Schedule:
-    spare = matmul.spare(task, target)
-    if given is None:
-        return cost.choose(task, target, spare)
-    given.check(target, spare)
-    return given if task.layout == "row_major" else replace(given, packing="none")
-
-
-def _check_schedule(given: Any) -> None:
-    if given is not None and not isinstance(given, Schedule):
-        raise ScheduleError(
-            f"{type(given).__name__} is not a Schedule", where="schedule", hint="Use sparsert.Schedule(rows=...)."
-        )
-
-
-def _threads(threads: int | None) -> int:
-    if threads is None:
-        return host.default_threads()
-    if not isinstance(threads, (int, np.integer)) or isinstance(threads, bool) or threads < 1:
-        raise ValueRangeError(
-            f"{threads!r} is not a positive number of threads", where="threads", hint="Use None or an int from 1 on."
-        )
-    return int(threads)
-
-
-def _budget(given: int | None) -> int:
-    budget = MAX_CODE_BYTES if given is None else given
-    if not isinstance(budget, (int, np.integer)) or isinstance(budget, bool) or budget < 0:
-        raise ValueRangeError(
-            f"{given!r} is not a number of bytes", where="max_code_bytes", hint="Use None or an int from 0 on."
-        )
-    return min(int(budget), MAX_CODE_BYTES)
-
-
-def _within(size: int, budget: int) -> None:
-    if size > budget:
-        raise CodeBudgetError(
-            f"the code takes {size} bytes, {budget} are permitted",
-            where="max_code_bytes",
-            hint="Raise the budget, or use target='reference'.",
-        )
-
-
-def _dense(form: Any, task: Task, target: Target, schedule: Schedule | None) -> str:
-    """Why the dense form is used, or an empty string where it is not."""
-    if not (form is None or (isinstance(form, str) and form in ("sparse", "dense"))):
-        raise UnsupportedError(f"unknown form {form!r}", where="form", hint="Use None, 'sparse' or 'dense'.")
-    if form == "dense" and schedule is not None:
-        raise ScheduleError("a schedule is of the sparse form", where="schedule", hint="Leave it out, or form='dense'.")
-    if form == "dense" and task.layout == "tile_major":
-        raise UnsupportedError("the dense form takes no tile-major arrays", where="layout", hint="Use 'row_major'.")
-    if form == "sparse" or schedule is not None or task.layout == "tile_major" or not task.pattern.nnz:
-        return ""
-    if form == "dense":
-        return "given by the caller"
-    return cost.dense_reason(task, target)
-
-
-def _hopeful(budget: int, nnz: int) -> int:
-    least = nnz * _LEAST_BYTES
-    if least > budget:
-        raise CodeBudgetError(
-            f"{nnz} nonzeros take at least {least} bytes of code, {budget} are permitted",
-            where="max_code_bytes",
-            hint="Raise the budget, leave schedule and form out, or use target='reference'.",
-        )
-    return budget
 
 
 def _one_thread(what: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .compiler import build, make_request, make_task
+from .compiler import build
 from .errors import ShapeError, UnsupportedError, ValueRangeError
 from .kernels import depthwise
 from .operators.conv import CompiledConv, ReferenceConv, as_weight, flat
@@ -22,6 +22,7 @@ from .operators.conv_transpose import (
 )
 from .operators.depthwise import DepthwiseProduct
 from .operators.images import ConvProduct
+from .request import make_request, make_task
 from .schedule.schedule import Schedule
 from .sparsity.geometry import Padding, pair
 from .sparsity.geometry import padding as read_padding

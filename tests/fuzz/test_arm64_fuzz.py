@@ -17,7 +17,7 @@ import sparsert
 from emulator import MISSING, Emulated, every_form
 from fuzz import guard_cases
 from oracle import complaint, expected, same_bits
-from sparsert import compiler
+from sparsert import compiler, crew
 from sparsert.codegen.interpreter import Region, run
 from sparsert.errors import InternalError
 from sparsert.kernels.arguments import SLOTS
@@ -97,6 +97,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(compiler.matmul, "generate", remember)
     monkeypatch.setattr(compiler, "Executable", make)
     with every_form(monkeypatch):
+        monkeypatch.setattr(crew, "Executable", make)
         yield
 
 

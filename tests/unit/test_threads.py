@@ -14,7 +14,7 @@ import pytest
 import sparsert
 from oracle import COMPILED, complaint, dense_matrix, expected, same_bits
 from sparsert import Clip, Schedule
-from sparsert.compiler import _row_ranges
+from sparsert.crew import row_ranges
 from sparsert.operators.native import NativeProduct
 from sparsert.operators.team import Team, tile_cuts
 from sparsert.runtime import workers
@@ -242,11 +242,11 @@ def test_ranges_of_rows_are_even(rng: np.random.Generator) -> None:
     weight = dense_matrix(rng, 203, 100, 0.1) * (rng.random((203, 1)) < 0.7)
     heavy = dense_matrix(rng, 30, 40, 0.02)
     heavy[28:] = 1  # all the work at the end, where four do not divide
-    assert _row_ranges(Task(as_sparse(heavy).pattern, layout="transposed"), 2)[-1] in ((24, 30), (20, 30))
+    assert row_ranges(Task(as_sparse(heavy).pattern, layout="transposed"), 2)[-1] in ((24, 30), (20, 30))
     for layout, unit in (("row_major", 1), ("tile_major", 1), ("transposed", 4)):
         pattern = as_sparse(weight).pattern
         for parts in (2, 3, 7):
-            ranges = _row_ranges(Task(pattern, layout=layout), parts)
+            ranges = row_ranges(Task(pattern, layout=layout), parts)
             assert len(ranges) == parts
             assert ranges[0][0] == 0
             assert ranges[-1][1] == 203

@@ -408,7 +408,7 @@ def in_child(body: str) -> str:
         import os, signal, sys, threading, time
         import numpy as np
         import sparsert
-        from sparsert.compiler import shared_pool
+        from sparsert.crew import shared_pool
         from sparsert.runtime import host
         rng = np.random.default_rng(5)
         w = np.where(rng.random((300, 280)) < 0.2, rng.standard_normal((300, 280)), 0).astype(np.float32)
