@@ -18,8 +18,9 @@ from .errors import CodeBudgetError, UnsupportedError, ValueRangeError
 from .kernels import activations, matmul
 from .operators import tuned
 from .operators.arrays import Array
-from .operators.compact import CompactProduct, SmallProducts, looped_code_bytes
+from .operators.compact import CompactProduct, SmallProducts
 from .operators.dense import DenseProduct
+from .operators.looped_conv import LoopedConv
 from .operators.matmul import Compiled, CompiledLinear, CompiledMatmul, Product, Stats
 from .operators.native import NativeProduct
 from .operators.product import CompiledProduct, ProductSpec
@@ -210,7 +211,10 @@ def _compile(
     except CodeBudgetError:
         if schedule is not None or form is not None or not request.target.loops:
             raise
-        return kind(_build_looped(task, matrix.values, b, request, started), b)
+        looped = CompactProduct(task, request.target, by_lookup=False)
+        compiled = build_looped(task, matrix.values, b, request, started, looped)
+        small = SmallProducts(task, request.target, lambda: (looped.unpack(), b))
+        return kind(replace(compiled, small=small), b)
     if isinstance(compiled.product, NativeProduct):
         compiled = replace(compiled, small=SmallProducts(task, request.target, compiled.product.current))
     return kind(compiled, b)
@@ -264,22 +268,21 @@ def _build_dense(
     )
 
 
-def _build_looped(task: Task, values: Array, bias: Array | None, request: Request, started: float) -> Compiled:
-    """Where unrolled code would exceed the budget."""
-    target = request.target
-    if (needed := looped_code_bytes(task, target)) > request.budget:
+def build_looped(
+    task: Task, values: Array, bias: Array | None, request: Request, started: float, product: CompactProduct | LoopedConv
+) -> Compiled:  # fmt: skip
+    """Where unrolled code would exceed the budget: a loop over the pattern."""
+    if product.code_bytes > request.budget:
         raise CodeBudgetError(
-            f"even a loop over the pattern takes {needed} bytes of code, {request.budget} are permitted",
+            f"even a loop over the pattern takes {product.code_bytes} bytes of code, {request.budget} are permitted",
             where="max_code_bytes",
             hint="Raise the budget, or use target='reference'.",
         )
-    product = CompactProduct(task, target, by_lookup=False)
     product.load(values, bias)
     reason = f"unrolled code would take more than the {request.budget} bytes that are permitted"
     stats = _stats(task, started, product.code_bytes, 0, 1.0)
     note = partial(_one_thread, "a loop over the pattern")
-    small = SmallProducts(task, target, lambda: (product.unpack(), bias))
-    return Compiled(task, target, product, stats, None, reason, request.threads, product.listing, note, small)
+    return Compiled(task, request.target, product, stats, None, reason, request.threads, product.listing, note)
 
 
 def _stats(task: Task, started: float, code_bytes: int = 0, instructions: int = 0, reuse: float = 0.0) -> Stats:

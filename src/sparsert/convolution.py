@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from .compiler import build
-from .errors import ShapeError, UnsupportedError, ValueRangeError
+from .compiler import build, build_looped
+from .errors import CodeBudgetError, ShapeError, UnsupportedError, ValueRangeError
 from .kernels import depthwise
 from .operators.conv import CompiledConv, ReferenceConv, as_weight, flat
 from .operators.conv_transpose import (
@@ -22,6 +22,7 @@ from .operators.conv_transpose import (
 )
 from .operators.depthwise import DepthwiseProduct
 from .operators.images import ConvProduct
+from .operators.looped_conv import LoopedConv
 from .request import make_request, make_task
 from .schedule.schedule import Schedule
 from .sparsity.geometry import Padding, pair
@@ -87,10 +88,18 @@ def _compile(
     task, b = make_task(matrix, bias, activation, residual, precision, "row_major")
     task = replace(task, window=window)
     native = DepthwiseProduct if depthwise.fits(task, request.target) else ConvProduct
-    compiled = build(
-        task, matrix.values, b, request, started,
-        partial(native, window=window, padding=pads), partial(ReferenceConv, window=window, padding=pads),
-    )  # fmt: skip
+    try:
+        compiled = build(
+            task, matrix.values, b, request, started,
+            partial(native, window=window, padding=pads), partial(ReferenceConv, window=window, padding=pads),
+        )  # fmt: skip
+    except CodeBudgetError:
+        if schedule is not None or not request.target.loops:
+            raise
+        looped = LoopedConv(task, request.target, window, pads)
+        compiled = build_looped(task, matrix.values, b, request, started, looped)
+    if isinstance(compiled.product, DepthwiseProduct):
+        compiled.product.room = request.budget - compiled.stats.code_bytes
     return CompiledConv(compiled, b, window, pads, axes)
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..codegen.assemble import assemble, listing
 from ..codegen.vector import Program
@@ -92,16 +93,28 @@ class CompactProduct(Framed):
         return _executable(_stripped(self.task), self.target.name, form)
 
     def new_frame(self, key: tuple[int, ...], offset: int) -> Solo:
-        """An argument block for arrays of these strides: lists of where their rows begin, and panels."""
+        """An argument block for arrays of these strides."""
         columns, strides = key[0], np.array(key[1:]).reshape(3, -1)
-        lanes, s = self.target.lanes, self.stream
-        m, k = self.task.pattern.shape
-        positions = s.bundles * s.lanes
+        k = np.arange(self.task.pattern.cols)
         if strides.shape[1] == 3:  # tiles
             tile, row, column = strides.T.tolist()
         else:
             row, column = (strides.T if self.task.layout != "transposed" else strides.T[::-1]).tolist()
-            tile = [lanes * step for step in column]
+            tile = [self.target.lanes * step for step in column]
+        return self.frame_for(columns, k * row[0], row[1:], column, tile)
+
+    def frame_for(
+        self, columns: int, x_rows: NDArray[np.int64], rows: Sequence[int], column: Sequence[int], tile: Sequence[int]
+    ) -> Solo:
+        """An argument block: lists of where rows begin, and panels.
+
+        Args:
+            x_rows: (K,) bytes from x to its rows; ``rows``: from row to row of y and the residual; ``column`` and
+                ``tile``: from column to column and tile to tile of x, y and the residual.
+        """
+        lanes, s = self.target.lanes, self.stream
+        m, k = self.task.pattern.shape
+        positions = s.bundles * s.lanes
         if self.by_lookup:
             pitch = -(-k // lanes) * lanes + self.window
             panel, y_panel = columns * pitch, columns * positions
@@ -110,7 +123,7 @@ class CompactProduct(Framed):
             pitch = 0
             panel, y_panel = (k + 1) * lanes, positions * lanes
             sums = s.lanes * lanes if s.folds > 1 else 0
-        lists = [np.arange(k) * row[0], s.order * row[1], s.order * row[2] if self.task.residual else s.order[:0]]
+        lists = [x_rows, s.order * rows[0], s.order * rows[1] if self.task.residual else s.order[:0]]
         sizes = [-(-n // 16) * 16 for n in (panel, y_panel, sums, *(2 * part.size for part in lists))]
         frame = Solo(SLOTS, sum(sizes))
         frame.call = self._code(columns).call
@@ -175,11 +188,6 @@ def _fold(pattern: Pattern) -> int:
 def _looped(task: Task, target: Target) -> Looped:
     pattern = task.pattern
     return Looped(looped.rows_per_bundle(task, target), wide_bytes(pattern), _fold(pattern) > 0)
-
-
-def looped_code_bytes(task: Task, target: Target) -> int:
-    """Code of a product that loops over the pattern."""
-    return len(_bytes(_stripped(task), target.name, _looped(task, target)))
 
 
 def _stripped(task: Task) -> Task:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import TypeVar
 
 import numpy as np
@@ -15,7 +14,7 @@ from ..runtime.cpu import Executable, Frame, address_of
 from ..schedule.cost import LEAST_SHARE, Split, tiles_per_group
 from ..schedule.schedule import Schedule
 from ..schedule.task import Task
-from ..sparsity.geometry import Band, Geometry, Padding
+from ..sparsity.geometry import Band, Geometry, Padding, bands
 from ..sparsity.taps import Window
 from ..target import Target
 from .native import MOST_SHAPES, Array, Binding, NativeProduct
@@ -24,7 +23,7 @@ from .team import Call, Shift, Solo, Team
 _Kind = TypeVar("_Kind", bound=Frame)
 
 _LINE = 16  # floats of a cache line
-_LEAST_COLUMNS = 256  # of a band
+_LEAST_COLUMNS = 256  # of a thread's band
 _IMAGES, _ROWS = "images", "image rows"
 
 
@@ -207,30 +206,11 @@ class ConvProduct(NativeProduct):
             table[:tiles, number] = -band.mask(*place)[column].astype(np.int32)
 
     def _bands(self, geometry: Geometry, least: int) -> list[Band]:
-        """Rows, and columns where rows are very long, cut so that the planes of a band fit the second-level cache.
-
-        There are no fewer bands than ``least``, unless there are fewer rows.
-        """
-        rows, columns = geometry.out
-        budget = self.target.l2 // 4
+        """Bands whose planes fit the second-level cache, no fewer than ``least`` unless there are fewer rows."""
         task, phases = self.task, len(self.window.phases)
         inputs = self.window.channels(task.pattern.cols) * phases
         outputs = 0 if self.window.masked else task.pattern.rows * (2 if task.residual else 1)
-
-        def floats(band: Band) -> int:
-            return inputs * band.floats + outputs * band.positions
-
-        one, everything = floats(geometry.band((0, 1))), floats(geometry.band((0, rows)))
-        if one > budget and columns > _LEAST_COLUMNS:
-            parts = min(-(-one // budget), -(-columns // _LEAST_COLUMNS))
-            cuts = [columns * i // parts for i in range(parts + 1)]
-            pairs = list(pairwise(cuts))
-            return [geometry.band((row, row + 1), pair) for row in range(rows) for pair in pairs]
-        per_row = max(1, (everything - one) // max(rows - 1, 1))
-        most = max(1, 1 + (budget - one) // per_row)
-        parts = max(-(-rows // most), min(least, rows))
-        cuts = [rows * i // parts for i in range(parts + 1)]
-        return [geometry.band(pair) for pair in pairwise(cuts)]
+        return bands(geometry, inputs, outputs, self.target.l2 // 4, least)
 
 
 def columns_of(bands: list[Band]) -> int:
