@@ -29,8 +29,8 @@ from .operators.trials import Built
 from .request import (
     MAX_CODE_BYTES,
     Request,
-    check_schedule,
     hopeful,
+    loop_within,
     make_request,
     make_task,
     schedule_for,
@@ -149,23 +149,6 @@ def compile_product(
     return CompiledProduct(spec, host.resolve(target))
 
 
-def compile_listing(
-    weight: Any, bias: Any = None, activation: Any = None, *, residual: str | None = None, target: str = "native",
-    layout: str = "row_major", schedule: Schedule | None = None,
-) -> str:  # fmt: skip
-    """The machine code of a layer as text, for any target and on any machine: nothing is executed."""
-    matrix = as_sparse(weight)
-    task, _ = make_task(matrix, bias, activation, residual, "f32", layout)
-    found = host.lookup(target)
-    if found.isa == "reference":
-        raise UnsupportedError(
-            "the reference target has no machine code", where="target", hint="Name a compiled target."
-        )
-    check_schedule(schedule)
-    kernel = matmul.generate(task, schedule_for(task, found, schedule), found)
-    return listing(kernel.program, found.isa)
-
-
 def tune_layer(
     weight: Any, bias: Any = None, activation: Any = None, *, residual: str | None = None, target: str = "native",
     layout: str = "row_major", tune: str = "fast", tuning: str | os.PathLike[str] | None = None,
@@ -182,8 +165,15 @@ def tune_layer(
     if found.isa == "reference" or wanted is None:
         raise UnsupportedError("the reference target has no schedules", where="target", hint="Name a compiled target.")
     task, b = make_task(matrix, bias, activation, residual, "f32", layout)
-    budget = hopeful(MAX_CODE_BYTES, matrix.pattern.nnz)
-    return tuned.run(task, found, wanted, lambda s: _build(task, s, found, budget, matrix.values, b)).tuning
+    return tuned.run(task, found, wanted, builder(task, matrix.values, b, found)).tuning
+
+
+def builder(
+    task: Task, values: Array, bias: Array | None, target: Target, native: Callable[..., NativeProduct] = NativeProduct
+) -> Callable[[Schedule], Built]:
+    """What compiles a task for a tuner."""
+    budget = hopeful(MAX_CODE_BYTES, task.pattern.nnz)
+    return lambda schedule: _build(task, schedule, target, budget, values, bias, native)
 
 
 def _compile(
@@ -269,15 +259,11 @@ def _build_dense(
 
 
 def build_looped(
-    task: Task, values: Array, bias: Array | None, request: Request, started: float, product: CompactProduct | LoopedConv
+    task: Task, values: Array, bias: Array | None, request: Request, started: float,
+    product: CompactProduct | LoopedConv,
 ) -> Compiled:  # fmt: skip
     """Where unrolled code would exceed the budget: a loop over the pattern."""
-    if product.code_bytes > request.budget:
-        raise CodeBudgetError(
-            f"even a loop over the pattern takes {product.code_bytes} bytes of code, {request.budget} are permitted",
-            where="max_code_bytes",
-            hint="Raise the budget, or use target='reference'.",
-        )
+    loop_within(product.code_bytes, request.budget)
     product.load(values, bias)
     reason = f"unrolled code would take more than the {request.budget} bytes that are permitted"
     stats = _stats(task, started, product.code_bytes, 0, 1.0)

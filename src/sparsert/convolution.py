@@ -4,41 +4,32 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-
-from .compiler import build, build_looped
-from .errors import CodeBudgetError, ShapeError, UnsupportedError, ValueRangeError
+from .compiler import build, build_looped, builder
+from .conv_request import Layer, layer_of, layers_of, line_of, phases_of
+from .errors import CodeBudgetError, UnsupportedError
 from .kernels import depthwise
 from .operators import tuned
-from .operators.arrays import Array
-from .operators.conv import CompiledConv, ReferenceConv, as_weight, flat
+from .operators.conv import CompiledConv, ReferenceConv
 from .operators.conv_transpose import (
     CompiledConvTranspose,
     Part,
-    Phase,
-    part_of,
-    phases,
     together,
     transposed_weight,
 )
 from .operators.depthwise import DepthwiseProduct
 from .operators.images import ConvProduct
 from .operators.looped_conv import LoopedConv
-from .request import Request, make_request, make_task
+from .request import Request, make_request
+from .runtime import host
 from .schedule.schedule import Schedule
-from .schedule.task import Task
-from .sparsity.geometry import MAX_PADDING, Geometry, Padding, pair
+from .schedule.tuner import Tuning
 from .sparsity.geometry import padding as read_padding
-from .sparsity.pattern import SparseMatrix, as_sparse
-from .sparsity.taps import Window
-from .target import Target
-
-_MOST_SPAN = 1 << 24  # elements that a kernel spans: a plane is at least as large
-_MOST_PHASES = 1 << 12
+from .sparsity.geometry import pair
 
 
 def compile_conv2d(
@@ -66,7 +57,7 @@ def compile_conv2d(
         The errors of :func:`compile_matmul`. At a call, ShapeError where the padded image is smaller than a kernel.
     """
     request = _request(target, threads, schedule, max_code_bytes, tune, tuning)
-    layer = _layer(weight, kernel, 2, stride, read_padding(padding), dilation, groups, bias, activation, residual,
+    layer = layer_of(weight, kernel, 2, stride, read_padding(padding), dilation, groups, bias, activation, residual,
                    precision, request.target)  # fmt: skip
     return _compile(layer, request, size)
 
@@ -84,51 +75,9 @@ def compile_conv1d(
     :func:`compile_conv2d`.
     """
     request = _request(target, threads, schedule, max_code_bytes, tune, tuning)
-    layer = _line(weight, kernel, stride, padding, dilation, groups, bias, activation, residual, precision,
+    layer = line_of(weight, kernel, stride, padding, dilation, groups, bias, activation, residual, precision,
                   request.target)  # fmt: skip
     return _compile(layer, request, size)
-
-
-def _line(
-    weight: Any, kernel: Any, stride: Any, padding: Any, dilation: Any, groups: Any, bias: Any, activation: Any,
-    residual: str | None, precision: str, target: Target,
-) -> _Layer:  # fmt: skip
-    """A convolution along one axis, as one of images of a single row."""
-    pads = padding
-    if not isinstance(padding, str):
-        pads = ((0, 0), pair(padding, "padding", 0))
-    (_, s), (_, d) = pair(stride, "stride", 1), pair(dilation, "dilation", 1)
-    places = None if kernel is None else (1, kernel)
-    return _layer(weight, places, 1, (1, s), read_padding(pads), (1, d), groups, bias, activation, residual,
-                  precision, target)  # fmt: skip
-
-
-class _Layer(NamedTuple):
-    """A convolution, its arguments checked."""
-
-    task: Task
-    window: Window
-    padding: Padding
-    axes: int
-    values: Array
-    bias: Array | None
-
-    def shapes(self, size: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Of x and y for one image of ``size``; without a size, the least whose output is 14 x 14 (or 196 long)."""
-        window, pads = self.window, self.padding.pads
-        if size is None:
-            wanted = (14, 14) if self.axes == 2 else (1, 196)
-            least = ((o - 1) * s + span for o, s, span in zip(wanted, window.stride, window.span, strict=True))
-            image = [
-                max(1, n - sum(pads[axis]) if pads else wanted[axis] * window.stride[axis])
-                for axis, n in enumerate(least)
-            ]
-        else:
-            image = [*pair(size, "size", 1)] if self.axes == 2 else [1, pair(size, "size", 1)[1]]
-        extent = image[0], image[1]
-        p = self.task.pattern
-        out = Geometry(window, extent, self.padding.resolve(extent, window)).out
-        return (1, window.channels(p.cols), *extent), (1, p.rows, *out)
 
 
 def _request(target: str, threads: int | None, schedule: Schedule | None, max_code_bytes: int | None, tune: str | None,
@@ -139,19 +88,7 @@ def _request(target: str, threads: int | None, schedule: Schedule | None, max_co
     return make_request(target, threads, schedule, max_code_bytes, wanted)
 
 
-def _layer(
-    weight: Any, kernel: Any, axes: int, stride: Any, pads: Padding, dilation: Any, groups: Any, bias: Any,
-    activation: Any, residual: str | None, precision: str, target: Target,
-) -> _Layer:  # fmt: skip
-    matrix, (kh, kw) = _weight(weight, kernel, axes)
-    window = Window((kh, kw), pair(stride, "stride", 1), pair(dilation, "dilation", 1), _groups(groups, matrix))
-    _check_span(window)
-    window = replace(window, masked=1 <= window.kernel[1] <= target.masks and pads.covers(window))
-    task, b = make_task(matrix, bias, activation, residual, precision, "row_major")
-    return _Layer(replace(task, window=window), window, pads, axes, matrix.values, b)
-
-
-def _compile(layer: _Layer, request: Request, size: Any, looped: bool = False) -> CompiledConv:
+def _compile(layer: Layer, request: Request, size: Any, looped: bool = False) -> CompiledConv:
     """``looped``: as if unrolled code had turned out to be too large."""
     started = time.perf_counter()
     task, window, pads = layer.task, layer.window, layer.padding
@@ -175,53 +112,13 @@ def _compile(layer: _Layer, request: Request, size: Any, looped: bool = False) -
         compiled = build_looped(task, layer.values, layer.bias, request, started, product)
     if isinstance(compiled.product, DepthwiseProduct):
         compiled.product.room = request.budget - compiled.stats.code_bytes
+        compiled = replace(compiled, list_code=partial(_list_in_place, compiled.list_code, compiled.product))
     return CompiledConv(compiled, layer.bias, window, pads, layer.axes)
 
 
-def _check_span(window: Window) -> None:
-    """What a kernel spans has to fit planes that fit memory."""
-    rows, columns = window.span
-    if rows * columns > _MOST_SPAN or max(rows, columns) > MAX_PADDING:
-        raise ValueRangeError(
-            f"a kernel of {window.kernel[0]} x {window.kernel[1]} places spans {rows} x {columns} elements",
-            where="dilation",
-            hint=f"At most {_MOST_SPAN} together and {MAX_PADDING} along an axis are possible.",
-        )
-
-
-def _weight(weight: Any, kernel: Any, axes: int) -> tuple[SparseMatrix, tuple[int, int]]:
-    """The weight as a matrix, and the extents of its kernel."""
-    if kernel is not None:
-        kh, kw = pair(kernel, "kernel", 1)
-        matrix = as_sparse(flat(weight))
-        if matrix.shape[1] % (kh * kw):
-            raise ShapeError(
-                f"{matrix.shape[1]} columns are no multiple of the {kh} x {kw} of a kernel",
-                where="weight",
-                hint="Columns are (channel, kernel row, kernel column).",
-            )
-        return matrix, (kh, kw)
-    if not isinstance(weight, np.ndarray) and hasattr(weight, "__dlpack__"):
-        weight = as_weight(weight)
-    shape = getattr(weight, "shape", ())
-    if len(shape) != 2 + axes or isinstance(weight, (SparseMatrix, tuple)):
-        raise ShapeError(
-            f"a weight of shape {tuple(shape)} has not {2 + axes} dimensions",
-            where="weight",
-            hint="Pass (O, C / groups, kernel ...), or a matrix and kernel=.",
-        )
-    if min(shape[2:]) < 1:
-        raise ShapeError(f"a kernel of {tuple(shape[2:])} is empty", where="weight")
-    places = (1, *shape[2:])[-2:]
-    return as_sparse(flat(weight)), (int(places[0]), int(places[1]))
-
-
-def _groups(groups: Any, matrix: SparseMatrix) -> int:
-    if not isinstance(groups, (int, np.integer)) or isinstance(groups, bool) or groups < 1:
-        raise ValueRangeError(f"{groups!r} is not a positive integer", where="groups")
-    if matrix.shape[0] % int(groups):
-        raise ShapeError(f"{matrix.shape[0]} output channels cannot be cut into {groups} groups", where="groups")
-    return int(groups)
+def _list_in_place(general: Callable[[], str], product: DepthwiseProduct) -> str:
+    """The general form's code, and that which was made for images of a shape since."""
+    return general() + product.listing()
 
 
 def compile_conv_transpose2d(
@@ -252,38 +149,39 @@ def compile_conv_transpose2d(
     """
     started = time.perf_counter()
     request = _request(target, threads, schedule, max_code_bytes, tune, tuning)
-    layers = _phases(weight, bias, activation, stride, padding, output_padding, dilation, groups, residual, precision,
+    dense = transposed_weight(weight, groups)
+    layers = phases_of(dense, bias, activation, stride, padding, output_padding, dilation, groups, residual, precision,
                      request.target)  # fmt: skip
     parts = [Part(row, column, _compile(layer, request, size)) for row, column, layer in layers]
-    shape = np.asarray(as_weight(weight)).shape
     if together(parts, 1, 0.0).code_bytes > request.budget:
         parts = [Part(row, column, _compile(layer, request, size, True)) for row, column, layer in layers]
-    stats = together(parts, int(np.prod(shape)), time.perf_counter() - started)
+    stats = together(parts, dense.size, time.perf_counter() - started)
+    shape = dense.shape[1] * groups, dense.shape[0] // groups, dense.shape[2], dense.shape[3]
     return CompiledConvTranspose(tuple(parts), pair(stride, "stride", 1), groups, shape, stats)
 
 
-def _phases(
-    weight: Any, bias: Any, activation: Any, stride: Any, padding: Any, output_padding: Any, dilation: Any, groups: Any,
-    residual: str | None, precision: str, target: Target,
-) -> list[tuple[Phase, Phase, _Layer]]:  # fmt: skip
-    """The convolutions that a transposed one consists of."""
-    s, d, extra = pair(stride, "stride", 1), pair(dilation, "dilation", 1), pair(output_padding, "output_padding", 0)
-    if any(e >= max(a, b) for e, a, b in zip(extra, s, d, strict=True)):
-        raise ValueRangeError(f"{extra} is not smaller than stride {s} or dilation {d}", where="output_padding")
-    if s[0] * s[1] > _MOST_PHASES:
-        raise ValueRangeError(f"{s[0]} x {s[1]} phases are more than {_MOST_PHASES}", where="stride",
-                              hint="Use smaller strides.")  # fmt: skip
-    pads = read_padding(padding).pads
-    if pads is None:
-        raise UnsupportedError("a rule does not pad a transposed convolution", where="padding", hint="Give numbers.")
-    dense = transposed_weight(weight, groups)
-    kernel = dense.shape[2:]
-    _check_span(Window((kernel[0], kernel[1]), dilation=d))
-    rows, columns = (phases(k, a, b, p, e) for k, a, b, p, e in zip(kernel, s, d, pads, extra, strict=True))
-    return [
-        (row, column, _layer(
-            part_of(dense, row, column), None, 2, 1, Padding((row.pads, column.pads)), (row.dilation, column.dilation),
-            groups, bias, activation, residual, precision, target,
-        ))
-        for row in rows for column in columns
-    ]  # fmt: skip
+def tune_convolution(
+    weight: Any, bias: Any = None, activation: Any = None, *, stride: Any = 1, padding: Any = 0, dilation: Any = 1,
+    groups: int = 1, kernel: Any = None, transposed: bool = False, output_padding: Any = 0, residual: str | None = None,
+    target: str = "native", tune: str = "fast", tuning: str | os.PathLike[str] | None = None, size: Any = None,
+) -> list[tuple[Layer, Tuning | None]]:  # fmt: skip
+    """Measure the schedules of a convolution, whatever is recorded, and record the best.
+
+    Arguments and errors are those of :func:`compile_conv2d`, or, with ``transposed``, of
+    :func:`compile_conv_transpose2d`, whose phases are tuned one by one. There is no result where no two schedules
+    would differ, or where a depthwise convolution has none.
+    """
+    wanted, found = tuned.request(tune, tuning, None), host.resolve(target)
+    if found.isa == "reference" or wanted is None:
+        raise UnsupportedError("the reference target has no schedules", where="target", hint="Name a compiled target.")
+    layers = layers_of(weight, bias, activation, stride, padding, dilation, groups, kernel, transposed, output_padding,
+                       residual, found)  # fmt: skip
+    results = []
+    for _, layer in layers:
+        native = partial(ConvProduct, window=layer.window, padding=layer.padding)
+        result = None
+        if not depthwise.fits(layer.task, found):
+            result = tuned.run(layer.task, found, wanted.on(layer.shapes(size)),
+                               builder(layer.task, layer.values, layer.bias, found, native)).tuning  # fmt: skip
+        results.append((layer, result))
+    return results

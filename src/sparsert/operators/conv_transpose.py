@@ -195,8 +195,8 @@ class CompiledConvTranspose(Uncopied):
         """New values for the compiled pattern, (C, O / groups, kh, kw).
 
         Raises:
-            PatternMismatchError: a nonzero lies outside the pattern; the operator is unchanged. ValueRangeError: a value
-            is not finite. ShapeError, DTypeError: as at compile time.
+            PatternMismatchError: a nonzero lies outside the pattern; the operator is unchanged.
+            ValueRangeError: a value is not finite. ShapeError, DTypeError: as at compile time.
         """
         dense = transposed_weight(new_weight, self.groups, "new_weight")
         if dense.shape[2:] != self.shape[2:]:  # its phases would be those of a part of it
@@ -220,7 +220,10 @@ class CompiledConvTranspose(Uncopied):
             f"compiled  in {1e3 * s.compile_seconds:.1f} ms",
         ]
         for part in self.parts:
-            lines += [f"phase {part.row.first}, {part.column.first}", *(f"  {e}" for e in part.op.explain().split("\n"))]
+            lines += [
+                f"phase {part.row.first}, {part.column.first}",
+                *(f"  {e}" for e in part.op.explain().split("\n")),
+            ]
         return "\n".join(lines)
 
     def listing(self) -> str:

@@ -7,12 +7,15 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ..codegen.assemble import assemble
+from ..codegen.assemble import assemble, listing
 from ..kernels import depthwise
 from ..kernels.arguments import SLOTS, Arg
 from ..runtime.cpu import Executable, Frame, address_of
 from ..runtime.memory import aligned_empty
 from ..schedule.cost import LEAST_SHARE, Split
+from ..schedule.task import Task
+from ..sparsity.geometry import Geometry
+from ..target import Target
 from .arrays import overlaps
 from .images import ConvProduct
 from .native import MOST_SHAPES, Array, Binding, Loaded, NativeProduct
@@ -55,19 +58,18 @@ class ChannelsProduct(NativeProduct):
         if len(self._splits) < MOST_SHAPES:
             self._splits[key[2]] = split
         if self.crew is None or split.parts < 2:
-            frame = self._range(_Alone, key, images, channels)
-            frame.call = self.executable.call
-            return frame
+            alone = self._range(_Alone, key, images, channels)
+            alone.call = self.executable.call
+            return alone
         weights = 4 * (self.plan.order.size + self.task.bias)
         parts: list[tuple[Frame, int, Shift]] = []
         for part in range(split.parts):
+            first, last = ((images if split.by == _IMAGES else channels) * p // split.parts for p in (part, part + 1))
             if split.by == _IMAGES:
-                first, last = (images * p // split.parts for p in (part, part + 1))
-                frame, shift = self._range(Frame, key, last - first, channels), (*(first * key[i] for i in (3, 7, 10)), 0)
+                frame, at, dw = self._range(Frame, key, last - first, channels), 3, 0
             else:
-                first, last = (channels * p // split.parts for p in (part, part + 1))
-                frame = self._range(Frame, key, images, last - first)
-                shift = first * key[4], first * key[8], first * key[11], first * weights
+                frame, at, dw = self._range(Frame, key, images, last - first), 4, first * weights
+            shift = first * key[at], first * key[at + 4], first * key[at + 7], dw
             parts.append((frame, self.executable.address, shift))
         return Team(self.crew.pool(), parts, _BY_CHANNEL)
 
@@ -101,6 +103,14 @@ class ChannelsProduct(NativeProduct):
         return frame
 
 
+def list_shape(task: Task, target: Target, shape: depthwise.Shape) -> str:
+    """The code for images of a shape as text; empty where these take the general form."""
+    made = depthwise.generate(task, target, shape)
+    height, width = shape.geometry.size
+    heading = f"; in place, for images of {height} x {width} and rows {shape.x}, {shape.y} and {shape.r} bytes apart\n"
+    return "" if made is None else heading + listing(made[0], target.isa)
+
+
 class DepthwiseProduct(ConvProduct):
     """Channel by channel where images and arrays allow it, else as any convolution, to the same bits.
 
@@ -129,6 +139,15 @@ class DepthwiseProduct(ConvProduct):
             return general  # tiles that overlap would read what others have written
         product = self._product(general.key)
         return general if product is None else product.bind_key(general.key)
+
+    def listing(self) -> str:
+        """The code for the shapes of images so far, as text."""
+        texts = []
+        for (height, width, *steps), product in list(self._by_shape.items()):
+            if product is not None:
+                geometry = Geometry(self.window, (height, width), self.padding.resolve((height, width), self.window))
+                texts.append(list_shape(self.task, self.target, depthwise.Shape(geometry, *steps)))
+        return "".join(texts)
 
     def _product(self, key: tuple[int, ...]) -> ChannelsProduct | None:
         """The code for images like these; None: not this way."""

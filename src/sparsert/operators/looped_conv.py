@@ -129,7 +129,9 @@ class _Planes:
         for phase, (rows, columns) in enumerate(self.band.runs):
             if by_phase.size and rows.count and columns.count:
                 first = by_phase[:, phase, rows.zeros * pitch + columns.zeros :]
-                inside = as_strided(first, (first.shape[0], rows.count, columns.count), (first.strides[0], 4 * pitch, 4))
+                inside = as_strided(
+                    first, (first.shape[0], rows.count, columns.count), (first.strides[0], 4 * pitch, 4)
+                )
                 down = slice(rows.first, rows.first + (rows.count - 1) * sh + 1, sh)
                 across = slice(columns.first, columns.first + (columns.count - 1) * sw + 1, sw)
                 yield (slice(None), down, across), inside

@@ -115,7 +115,10 @@ def _convolutions(task: Task, base: Schedule, most: int) -> Iterator[Schedule]:
     segments = [-(-task.extent // n) for n in (-(-task.extent // each) for each in _CONV_SEGMENTS) if n > 1]
     lengths = list(dict.fromkeys([base.k_segment, 0, *segments]))
     one_group = task.window is not None and task.window.groups == 1
-    orders = [base.order, *(o for o in ("overlap", "natural", "count") if o != base.order and (one_group or o != "overlap"))]
+    orders = [
+        base.order,
+        *(o for o in ("overlap", "natural", "count") if o != base.order and (one_group or o != "overlap")),
+    ]
     for order in orders[1:]:
         yield replace(base, order=order)
     for length in lengths[1:]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,10 +46,11 @@ class Taps:
     def key(self) -> NDArray[np.int64]:
         """(n,) numbers that rise with the displacement: by plane, in it by pitch, then by offset."""
         pitches, offsets = self._used
-        pitch, offset = self.pitch, self.offset
+        pitch: Any = self.pitch
+        offset: Any = self.offset
         if self.sparse:
             pitch, offset = np.searchsorted(pitches, pitch), np.searchsorted(offsets, offset)
-        return (self.plane.astype(np.int64) * pitches.size + pitch) * offsets.size + offset
+        return np.asarray((self.plane.astype(np.int64) * pitches.size + pitch) * offsets.size + offset)
 
     @property
     def extent(self) -> int:
