@@ -183,7 +183,7 @@ class CompiledConvTranspose(Uncopied):
             if y[mine].size or (y.size == 0):
                 rows, columns = (slice(p.crop[0], max(n - p.crop[1], 0)) for p, n in
                                  zip((part.row, part.column), x.shape[2:], strict=True))  # fmt: skip
-                part.op(x[:, :, rows, columns], out=y[mine], residual=None if r is None else r[mine])
+                _run(part.op, x[:, :, rows, columns], y[mine], None if r is None else r[mine])
         return y
 
     def bind(self, x: Any, out: Any = None, residual: Any = None) -> Bound:
@@ -233,3 +233,17 @@ class CompiledConvTranspose(Uncopied):
     def __repr__(self) -> str:
         o, c = self.channels
         return f"<{type(self).__name__} {o}x{c} nnz={self.stats.nnz} target={self.target}>"
+
+
+def _run(op: CompiledConv, x: Array, y: Array, r: Array | None) -> None:
+    """One phase. Where more is to be cut off than x has, all that is read is padding, of which there is too much."""
+    rows, columns = y.shape[2:]
+    whole = op.out_shape((x.shape[0], x.shape[1], x.shape[2], x.shape[3]))
+    if whole == y.shape:
+        op(x, out=y, residual=r)
+        return
+    wide = None
+    if r is not None:
+        wide = np.zeros(whole, np.float32)
+        wide[:, :, :rows, :columns] = r
+    y[...] = op(x, residual=wide)[:, :, :rows, :columns]
