@@ -161,3 +161,17 @@ def test_the_zeros_of_padding_are_summed_like_any_other(rng: np.random.Generator
     x = np.full((1, 4, 14, 14), -0.0, np.float32)
     gaps = np.empty((1, 4, 14, 15), np.float32)[..., :-1]
     assert np.array_equal(np.signbit(op(x)), np.signbit(op(x, out=gaps)))
+
+
+@native
+@pytest.mark.parametrize("dilation", [(10, 18), (5, 1), (2, 3)])
+def test_blocks_of_widely_dilated_kernels_fit_the_registers(
+    dilation: tuple[int, int], rng: np.random.Generator
+) -> None:
+    """More rows hold more vectors, where the lines that a row reads are far apart."""
+    w = pruned(rng, (3, 1, 3, 3), 2.0)
+    for stride, size in (((2, 1), 60), ((1, 1), 40), ((2, 2), 70), ((3, 1), 90)):
+        op = sparsert.compile_conv2d(w, stride=stride, padding=dilation, dilation=dilation, groups=3)
+        x = rng.standard_normal((1, 3, size, size)).astype(np.float32)
+        want, magnitude = convolve(x, w, stride, tuple((d, d) for d in dilation), dilation, 3)
+        assert close(op(x), want, magnitude, 11)

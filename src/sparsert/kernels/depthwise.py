@@ -7,7 +7,7 @@ column stride 2 vectors of even and odd columns are shuffled out of pairs of loa
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -102,18 +102,24 @@ class Plan:
                 continue
             self._recipes: dict[Key, tuple[str, tuple[Key, ...]]] = {}
             self.shares = walk != self._by_phase  # loads between even and odd columns
-            self.events = list(walk(_LEAST_ROWS + 1))
-            self.registers = max(Vectors(self).run(None), _temporaries(task, target))
-            most = min(MOST_ROWS, left - self.registers)
-            if most >= min(_LEAST_ROWS, vectors):
+            most = min(MOST_ROWS, left - self._needed(walk, _LEAST_ROWS + 1))
+            while not self.rows and most >= min(_LEAST_ROWS, vectors):
                 # Blocks overlap at the end, and every block makes a few vectors of its own.
-                self.rows = min(range(1, most + 1), key=lambda rows: (-(-vectors // rows) * (rows + 0.5), -rows))
-                self.events = list(walk(self.rows))
+                rows = min(range(1, most + 1), key=lambda rows: (-(-vectors // rows) * (rows + 0.5), -rows))
+                self.registers = self._needed(walk, rows)  # of a widely dilated kernel, more rows hold more vectors
+                self.rows = rows if rows + self.registers <= left else 0
+                most = rows - 1
+            if self.rows:
                 break
         if not self.rows:
             return
         step = self.rows * self.each
         self.blocks = np.minimum(np.arange(-(-height // step)) * step, max(0, height - step))
+
+    def _needed(self, walk: Callable[[int], Iterator[Event]], rows: int) -> int:
+        """Registers of a block of so many rows beside accumulators and weights; its multiply-adds are ``events``."""
+        self.events = list(walk(rows))
+        return max(Vectors(self).run(None), _temporaries(self.task, self.target))
 
     def _by_line(self, rows: int) -> Iterator[Event]:
         """Every vector once, for all rows that it serves: where taps are summed row by row."""
