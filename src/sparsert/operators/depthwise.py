@@ -23,6 +23,7 @@ from .team import Addresses, Call, Shift, Solo, Team
 
 _MOST_SHAPES = 64  # that get code of their own, which bindings may call for good; others take the general form
 _BY_CHANNEL = -1  # the name of the values in the order of this form
+_CYCLES = {1: 1.3, 2: 2.2}  # of a multiply-add with its share of loads and shuffles, by column stride (note 0016)
 _IMAGES, _CHANNELS = "images", "channels"
 _Kind = TypeVar("_Kind", bound=Frame)
 
@@ -76,7 +77,8 @@ class ChannelsProduct(NativeProduct):
     def _share_out(self, images: int) -> Split:
         """Which parts of a call different threads do: whole images, or channels of every image."""
         channels, plan = self.task.pattern.rows, self.plan
-        work = images * channels * plan.records * plan.rows * plan.order.size
+        vectors = images * channels * plan.records * plan.rows
+        work = int(vectors * plan.order.size * _CYCLES[plan.halves])
         parts = 1 if self.crew is None else min(self.crew.threads, work // LEAST_SHARE)
         if self.crew is None or parts < 2:
             return Split("", 1)
