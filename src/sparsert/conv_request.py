@@ -19,7 +19,8 @@ from .sparsity.pattern import SparseMatrix, as_sparse
 from .sparsity.taps import Window
 from .target import Target
 
-_MOST_SPAN = 1 << 24  # elements that a kernel spans: a plane is at least as large
+_MOST_SPAN = 1 << 24  # elements that a kernel spans,
+_MOST_PLANES = 1 << 28  # and all its channels: planes are about as large
 MOST_PHASES = 1 << 12
 
 
@@ -87,7 +88,7 @@ def layer_of(
 ) -> Layer:  # fmt: skip
     matrix, (kh, kw) = _weight(weight, kernel, axes)
     window = Window((kh, kw), pair(stride, "stride", 1), pair(dilation, "dilation", 1), _groups(groups, matrix))
-    _check_span(window)
+    _check_span(window, window.channels(matrix.shape[1]))
     window = replace(window, masked=1 <= window.kernel[1] <= target.masks and pads.covers(window))
     task, b = make_task(matrix, bias, activation, residual, precision, "row_major")
     return Layer(replace(task, window=window), window, pads, axes, matrix.values, b)
@@ -122,7 +123,7 @@ def phases_of(
     if pads is None:
         raise UnsupportedError("a rule does not pad a transposed convolution", where="padding", hint="Give numbers.")
     kernel = dense.shape[2:]
-    _check_span(Window((kernel[0], kernel[1]), dilation=d))
+    _check_span(Window((kernel[0], kernel[1]), dilation=d), dense.shape[1] * groups)
     rows, columns = (phases(k, a, b, p, e) for k, a, b, p, e in zip(kernel, s, d, pads, extra, strict=True))
     return [
         (row, column, layer_of(
@@ -133,14 +134,16 @@ def phases_of(
     ]  # fmt: skip
 
 
-def _check_span(window: Window) -> None:
+def _check_span(window: Window, channels: int) -> None:
     """What a kernel spans has to fit planes that fit memory."""
     rows, columns = window.span
-    if rows * columns > _MOST_SPAN or max(rows, columns) > MAX_PADDING:
+    span = rows * columns
+    if span > _MOST_SPAN or span * channels > _MOST_PLANES or max(rows, columns) > MAX_PADDING:
         raise ValueRangeError(
-            f"a kernel of {window.kernel[0]} x {window.kernel[1]} places spans {rows} x {columns} elements",
+            f"a kernel of {window.kernel[0]} x {window.kernel[1]} places spans {rows} x {columns} elements "
+            f"of {channels} channels",
             where="dilation",
-            hint=f"At most {_MOST_SPAN} together and {MAX_PADDING} along an axis are possible.",
+            hint=f"At most {MAX_PADDING} along an axis, {_MOST_SPAN} in a channel and {_MOST_PLANES} in all will do.",
         )
 
 

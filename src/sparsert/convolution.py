@@ -152,9 +152,19 @@ def compile_conv_transpose2d(
     dense = transposed_weight(weight, groups)
     layers = phases_of(dense, bias, activation, stride, padding, output_padding, dilation, groups, residual, precision,
                      request.target)  # fmt: skip
-    parts = [Part(row, column, _compile(layer, request, size)) for row, column, layer in layers]
+    made: dict[tuple[Any, ...], CompiledConv] = {}
+
+    def compiled(looped: bool) -> list[Part]:
+        parts = []
+        for row, column, layer in layers:  # phases that no place reaches are the same few convolutions
+            key = row.places, column.places, row.pads, column.pads, looped
+            made[key] = made.get(key) or _compile(layer, request, size, looped)
+            parts.append(Part(row, column, made[key]))
+        return parts
+
+    parts = compiled(False)
     if together(parts, 1, 0.0).code_bytes > request.budget:
-        parts = [Part(row, column, _compile(layer, request, size, True)) for row, column, layer in layers]
+        parts = compiled(True)
     stats = together(parts, dense.size, time.perf_counter() - started)
     shape = dense.shape[1] * groups, dense.shape[0] // groups, dense.shape[2], dense.shape[3]
     return CompiledConvTranspose(tuple(parts), pair(stride, "stride", 1), groups, shape, stats)

@@ -225,7 +225,7 @@ def test_absurd_geometry_is_refused_when_it_is_compiled() -> None:
         for options in cases:
             with pytest.raises(error):
                 sparsert.compile_conv_transpose2d(w, **options)
-    for wide in ({"dilation": 1 << 19}, {"dilation": (3000, 3000)}):
+    for wide in ({"dilation": 1 << 19}, {"dilation": (3000, 3000)}, {"dilation": (2000, 2040), "groups": 4}):
         with pytest.raises(ValueRangeError, match="spans"):
             sparsert.compile_conv2d(w, **wide)  # type: ignore[arg-type]
     with pytest.raises(ValueRangeError, match="spans"):
@@ -245,3 +245,28 @@ def test_padding_beyond_what_phases_read(rng: np.random.Generator) -> None:
         plain = sparsert.compile_conv_transpose2d(w, bias, stride=(1, 3), dilation=(15, 22), output_padding=(3, 2))
         want = plain(x)[:, :, 4:-4, 29:-29]
         assert np.allclose(op(x, residual=r), want if r is None else want + r, atol=1e-5)
+
+
+@pytest.mark.parametrize("target", COMPILED)
+def test_strides_beyond_the_image(target: str, rng: np.random.Generator) -> None:
+    """As good as any other: a single output, and phases that no place of the kernel reaches."""
+    w, x = pruned(rng, (4, 3, 3, 3), 0.8), rng.standard_normal((1, 3, 8, 8)).astype(np.float32)
+    plain = sparsert.compile_conv2d(w, padding=1, target=target)(x)
+    for stride in (1 << 20, (1, 1 << 20), 4000):
+        op = sparsert.compile_conv2d(w, padding=1, stride=stride, target=target)
+        rows = plain.shape[2] if isinstance(stride, tuple) else 1
+        assert op(x).shape == (1, 4, rows, 1)
+        assert np.allclose(op(x), plain[:, :, :rows, :1], atol=1e-5)
+    back = sparsert.compile_conv_transpose2d(w, np.arange(3, dtype=np.float32), stride=64, target=target)
+    assert len({id(part.op) for part in back.parts}) < 20
+    assert back.stats.nnz == np.count_nonzero(w)
+    images = rng.standard_normal((1, 4, 2, 2)).astype(np.float32)
+    y = back(images)
+    assert y.shape == (1, 3, 67, 67)
+    assert np.array_equal(y[0, :, 10, 10], [0, 1, 2])
+    for p, q in ((0, 0), (2, 1)):
+        want = np.einsum("c,cohw->ohw", images[0, :, p // 2, q], w.astype(np.float64)) + np.arange(3)[:, None, None]
+        at = 64 * (p // 2), 64 * q
+        assert np.allclose(y[0, :, at[0] : at[0] + 3, at[1] : at[1] + 3], want, atol=1e-5)
+    back.refit(-w)
+    assert np.allclose(back(images) - y, 2 * (np.arange(3)[:, None, None] - y), atol=1e-4)

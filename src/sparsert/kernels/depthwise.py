@@ -534,7 +534,7 @@ class _Code:
 def generate(task: Task, target: Target, shape: Shape) -> tuple[Program, NDArray[np.uint16], Plan] | None:
     """The program for images of ``shape``, the table of masks (records, masks) and the plan; None: not this way."""
     plan = Plan(task, target, shape)
-    if not plan.rows:
+    if not plan.rows or plan.records > _MOST_MASKS:
         return None
     code = _Code(plan)
     if plan.records * max(len(code.table), 1) > _MOST_MASKS:

@@ -71,9 +71,10 @@ def phase_title(row: Phase, column: Phase) -> str:
 
 def together(parts: Sequence[Part], elements: int, compile_seconds: float) -> Stats:
     """Facts about all phases of a weight of so many elements."""
-    each = [part.op.stats for part in parts]
+    ops = {id(part.op): part.op for part in parts}.values()
+    each = [op.stats for op in ops]
     nnz, loads = sum(s.nnz for s in each), sum(s.nnz / s.fmas_per_load for s in each if s.fmas_per_load)
-    loops = [part.op.schedule is None for part in parts]  # these share their code
+    loops = [op.schedule is None for op in ops]  # these share their code
     code = sum(s.code_bytes for s, loop in zip(each, loops, strict=True) if not loop)
     code += max((s.code_bytes for s, loop in zip(each, loops, strict=True) if loop), default=0)
     values = sum(s.value_bytes for s in each)

@@ -165,9 +165,8 @@ def conv_taps(pattern: Pattern, window: Window) -> Taps:
     group = pattern.row_of // max(pattern.rows // window.groups, 1)
     row, row_phase = np.divmod(ky * dh, sh)
     column, column_phase = np.divmod(kx * dw, sw)
-    rank = np.full(window.stride, -1, np.int64)
-    for i, phase in enumerate(window.phases):
-        rank[phase] = i
-    plane = (group * channels + channel) * len(window.phases) + rank[row_phase, column_phase]
+    rows, columns = (np.unique([phase[axis] for phase in window.phases]) for axis in (0, 1))
+    rank = np.searchsorted(rows, row_phase) * columns.size + np.searchsorted(columns, column_phase)
+    plane = (group * channels + channel) * len(window.phases) + rank
     return Taps(pattern.rows, 1, pattern.row_of, plane.astype(np.int32), row.astype(np.int32),
                 column.astype(np.int32), np.arange(pattern.nnz)[:, None], sparse=True)  # fmt: skip
