@@ -18,9 +18,10 @@ from .errors import CodeBudgetError, UnsupportedError, ValueRangeError
 from .kernels import activations, matmul
 from .operators import tuned
 from .operators.arrays import Array
-from .operators.compact import CompactProduct, SmallProducts, looped_code_bytes
+from .operators.compact import CompactProduct, SmallProducts
 from .operators.dense import DenseProduct
 from .operators.dense_conv import DenseConv
+from .operators.looped_conv import LoopedConv
 from .operators.matmul import Compiled, CompiledLinear, CompiledMatmul, Product, Stats
 from .operators.native import NativeProduct
 from .operators.product import CompiledProduct, ProductSpec
@@ -29,8 +30,8 @@ from .operators.trials import Built
 from .request import (
     MAX_CODE_BYTES,
     Request,
-    check_schedule,
     hopeful,
+    loop_within,
     make_request,
     make_task,
     schedule_for,
@@ -156,23 +157,6 @@ def compile_product(
     return CompiledProduct(spec, request.target, dense_crew(request.target, request.threads))
 
 
-def compile_listing(
-    weight: Any, bias: Any = None, activation: Any = None, *, residual: str | None = None, target: str = "native",
-    layout: str = "row_major", schedule: Schedule | None = None,
-) -> str:  # fmt: skip
-    """The machine code of a layer as text, for any target and on any machine: nothing is executed."""
-    matrix = as_sparse(weight)
-    task, _ = make_task(matrix, bias, activation, residual, "f32", layout)
-    found = host.lookup(target)
-    if found.isa == "reference":
-        raise UnsupportedError(
-            "the reference target has no machine code", where="target", hint="Name a compiled target."
-        )
-    check_schedule(schedule)
-    kernel = matmul.generate(task, schedule_for(task, found, schedule), found)
-    return listing(kernel.program, found.isa)
-
-
 def tune_layer(
     weight: Any, bias: Any = None, activation: Any = None, *, residual: str | None = None, target: str = "native",
     layout: str = "row_major", tune: str = "fast", tuning: str | os.PathLike[str] | None = None,
@@ -189,8 +173,15 @@ def tune_layer(
     if found.isa == "reference" or wanted is None:
         raise UnsupportedError("the reference target has no schedules", where="target", hint="Name a compiled target.")
     task, b = make_task(matrix, bias, activation, residual, "f32", layout)
-    budget = hopeful(MAX_CODE_BYTES, matrix.pattern.nnz)
-    return tuned.run(task, found, wanted, lambda s: _build(task, s, found, budget, matrix.values, b)).tuning
+    return tuned.run(task, found, wanted, builder(task, matrix.values, b, found)).tuning
+
+
+def builder(
+    task: Task, values: Array, bias: Array | None, target: Target, native: Callable[..., NativeProduct] = NativeProduct
+) -> Callable[[Schedule], Built]:
+    """What compiles a task for a tuner."""
+    budget = hopeful(MAX_CODE_BYTES, task.pattern.nnz)
+    return lambda schedule: _build(task, schedule, target, budget, values, bias, native)
 
 
 def _compile(
@@ -222,7 +213,11 @@ def _compile(
     except CodeBudgetError:
         if schedule is not None or form is not None or not request.target.loops:
             raise
-        return made(_build_looped(task, matrix.values, b, request, started))
+        looped = CompactProduct(task, request.target, by_lookup=False)
+        looped.crew = ranges(request)
+        compiled = build_looped(task, matrix.values, b, request, started, looped, looped.threads_note)
+        small = SmallProducts(task, request.target, lambda: (looped.unpack(), b), looped.crew)
+        return made(replace(compiled, small=small))
     if isinstance(compiled.product, NativeProduct):
         compiled = replace(
             compiled, small=SmallProducts(task, request.target, compiled.product.current, ranges(request))
@@ -282,24 +277,17 @@ def build_dense(
     )  # fmt: skip
 
 
-def _build_looped(task: Task, values: Array, bias: Array | None, request: Request, started: float) -> Compiled:
-    """Where unrolled code would exceed the budget."""
-    target = request.target
-    if (needed := looped_code_bytes(task, target)) > request.budget:
-        raise CodeBudgetError(
-            f"even a loop over the pattern takes {needed} bytes of code, {request.budget} are permitted",
-            where="max_code_bytes",
-            hint="Raise the budget, or use target='reference'.",
-        )
-    product = CompactProduct(task, target, by_lookup=False)
+def build_looped(
+    task: Task, values: Array, bias: Array | None, request: Request, started: float,
+    product: CompactProduct | LoopedConv, note: Callable[[], str] | None = None,
+) -> Compiled:  # fmt: skip
+    """Where unrolled code would exceed the budget: a loop over the pattern."""
     product.load(values, bias)
+    loop_within(product.code_bytes, request.budget)
     reason = f"unrolled code would take more than the {request.budget} bytes that are permitted"
     stats = _stats(task, started, product.code_bytes, 0, 1.0)
-    product.crew = ranges(request)
-    small = SmallProducts(task, target, lambda: (product.unpack(), bias), product.crew)
-    return Compiled(
-        task, target, product, stats, None, reason, request.threads, product.listing, product.threads_note, small
-    )
+    return Compiled(task, request.target, product, stats, None, reason, request.threads, product.listing,
+                    note or partial(_one_thread, "a loop over the pattern"))  # fmt: skip
 
 
 def _stats(task: Task, started: float, code_bytes: int = 0, instructions: int = 0, reuse: float = 0.0) -> Stats:

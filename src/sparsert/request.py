@@ -46,7 +46,7 @@ def make_request(
     """
     permitted, found = _threads(threads), host.resolve(target)
     check_schedule(schedule)
-    return Request(found, permitted, schedule, _budget(max_code_bytes), tuning)
+    return Request(found, permitted, schedule, budget_of(max_code_bytes), tuning)
 
 
 def weights(weight: Any, storage: str | None) -> SparseMatrix:
@@ -120,7 +120,7 @@ def _threads(threads: int | None) -> int:
     return int(threads)
 
 
-def _budget(given: int | None) -> int:
+def budget_of(given: int | None) -> int:
     budget = MAX_CODE_BYTES if given is None else given
     if not isinstance(budget, (int, np.integer)) or isinstance(budget, bool) or budget < 0:
         raise ValueRangeError(
@@ -133,6 +133,15 @@ def within(size: int, budget: int) -> None:
     if size > budget:
         raise CodeBudgetError(
             f"the code takes {size} bytes, {budget} are permitted",
+            where="max_code_bytes",
+            hint="Raise the budget, or use target='reference'.",
+        )
+
+
+def loop_within(size: int, budget: int) -> None:
+    if size > budget:
+        raise CodeBudgetError(
+            f"even a loop over the pattern takes {size} bytes of code, {budget} are permitted",
             where="max_code_bytes",
             hint="Raise the budget, or use target='reference'.",
         )

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 import sparsert
 from emulator import MISSING, Emulated, Fault, emulate, every_form, routed
-from fuzz import guard_convolutions, product_cases
+from fuzz import convolution_cases, guard_convolutions, product_cases
 from oracle import ACTIVATIONS, complaint, expected, same_bits
 from sparsert import compiler
 from sparsert.codegen.assemble import assemble
@@ -84,6 +84,24 @@ def test_drawn_convolutions(part: int, calls: list[int], request: pytest.Fixture
 @pytest.mark.parametrize("part", range(10))
 def test_many_drawn_convolutions(part: int, emulated: None, request: pytest.FixtureRequest) -> None:
     convolutions(request.config.getoption("--seed") + 1, part * 40, 40)
+
+
+def every_kind(seed: int, first: int, count: int) -> None:
+    for number in range(first, first + count):
+        outcome = convolution_cases.run_case(seed, number, [TARGET])
+        assert not outcome.problems, f"{outcome.name}:\n  " + "\n  ".join(outcome.problems)
+
+
+def test_drawn_convolutions_of_every_kind(calls: list[int], request: pytest.FixtureRequest) -> None:
+    """Transposed, along one axis, looped, shared out, under drawn schedules."""
+    every_kind(request.config.getoption("--seed"), 0, 20)
+    assert len(calls) > 40
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("part", range(10))
+def test_many_drawn_convolutions_of_every_kind(part: int, emulated: None, request: pytest.FixtureRequest) -> None:
+    every_kind(request.config.getoption("--seed") + 1, part * 30, 30)
 
 
 def test_a_wrong_mask_is_noticed(emulated: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from golden.test_golden import TASKS, listed
 from isa.test_arm64_encoder import assembled, oracle
 from sparsert import compile_linear, compile_matmul
 from sparsert.codegen.assemble import ISAS
-from sparsert.compiler import compile_listing
+from sparsert.listings import compile_listing
 
 
 def source(listing: str) -> tuple[list[str], list[int]]:

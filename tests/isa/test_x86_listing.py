@@ -12,8 +12,8 @@ import pytest
 from binutils import decoded
 from sparsert import Clip, Schedule, compile_matmul
 from sparsert.codegen.x86.assemble import ENCODINGS, assemble, listing
-from sparsert.compiler import compile_listing
 from sparsert.kernels import activations, matmul
+from sparsert.listings import compile_listing
 from sparsert.schedule.task import Task
 from sparsert.sparsity.pattern import as_sparse
 from sparsert.target import TARGETS

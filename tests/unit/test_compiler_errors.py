@@ -19,7 +19,6 @@ import pytest
 import sparsert
 from oracle import COMPILED, complaint, dense_matrix, expected
 from sparsert import Clip, Schedule
-from sparsert.compiler import compile_listing
 from sparsert.errors import (
     CodeBudgetError,
     DTypeError,
@@ -32,6 +31,7 @@ from sparsert.errors import (
     UnsupportedError,
     ValueRangeError,
 )  # fmt: skip
+from sparsert.listings import compile_listing
 from sparsert.runtime import host, memory
 from sparsert.sparsity.pattern import MAX_EXTENT, as_sparse
 from sparsert.target import TARGETS
@@ -313,7 +313,7 @@ def test_a_machine_without_linux_calls() -> None:
                 delattr(os, name)
         import numpy as np
         import sparsert
-        from sparsert.compiler import compile_listing
+        from sparsert.listings import compile_listing
         from sparsert.runtime.host import host_report
         w = np.eye(3, dtype=np.float32)
         assert (sparsert.compile_linear(w, activation="gelu", target="reference")(2 * w).diagonal() > 1.9).all()

@@ -13,6 +13,7 @@ from sparsert.codegen import interpreter
 from sparsert.errors import ShapeError
 from sparsert.kernels import depthwise
 from sparsert.kernels.arguments import SLOTS, Arg
+from sparsert.operators import depthwise as operators
 from sparsert.runtime.host import host_report
 from sparsert.schedule.task import Task
 from sparsert.sparsity.geometry import Geometry, padding
@@ -64,9 +65,9 @@ def test_the_program_reads_and_writes_nothing_else(part: int, rng: np.random.Gen
         ran += 1
         g = shape.geometry
         w, b = rng.standard_normal((3, 1, k, k)).astype(np.float32), rng.standard_normal(3).astype(np.float32)
-        x = rng.standard_normal((3, *size)).astype(np.float32)
-        r = rng.standard_normal((3, *g.out)).astype(np.float32)
-        y = np.full((3, *g.out), np.float32(-7e33))
+        x = rng.standard_normal((2, 3, *size)).astype(np.float32)
+        r = rng.standard_normal((2, 3, *g.out)).astype(np.float32)
+        y = np.full((2, 3, *g.out), np.float32(-7e33))
         packed = np.ascontiguousarray(depthwise.pack(task, w.reshape(-1), b if bias else None))
         numbers = np.arange(32, dtype=np.int32).reshape(16, 2).T.copy()
         memory = {name: interpreter.region(at << 24, array) for at, (name, array) in enumerate(
@@ -76,12 +77,47 @@ def test_the_program_reads_and_writes_nothing_else(part: int, rng: np.random.Gen
         for slot, name in slots.items():
             args[slot] = memory[name].address
         args[Arg.IMAGES], args[Arg.X_LAST], args[Arg.Y_LAST] = 3, plan.blocks[-1], plan.tiles[-1]
-        args[Arg.X_IMAGE], args[Arg.Y_IMAGE], args[Arg.R_IMAGE] = x[0].nbytes, y[0].nbytes, r[0].nbytes
+        args[Arg.X_IMAGE], args[Arg.Y_IMAGE], args[Arg.R_IMAGE] = (a[0, 0].nbytes for a in (x, y, r))
+        args[Arg.GROUP] = 2  # images, whose channels lie behind each other
         interpreter.run(program, 16, args, memory)
-        want, magnitude = convolve(x[None], w, stride, g.pads, (1, 1), 3)
-        want = want[0] + (b[:, None, None] if bias else 0) + (r if residual else 0)
-        assert close(y, np.maximum(want, 0), magnitude[0] + 9, k * k + 2), (size, stride, pads, k)
+        want, magnitude = convolve(x, w, stride, g.pads, (1, 1), 3)
+        want = want + (b[:, None, None] if bias else 0) + (r if residual else 0)
+        assert close(y, np.maximum(want, 0), magnitude + 9, k * k + 2), (size, stride, pads, k)
     assert ran > 8
+
+
+@native
+def test_the_bits_do_not_depend_on_the_threads(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranges of channels or of images, whose arrays may have gaps between channels and images."""
+    monkeypatch.setattr(operators, "LEAST_SHARE", 1)
+    said = set()
+    for images, channels, size, stride, residual in (
+        (1, 5, 7, 1, None), (1, 12, 20, 2, "after"), (3, 8, 14, 1, "before"), (4, 3, 9, 1, None),
+        (7, 2, 33, 1, "after"), (2, 1, 8, 1, None), (1, 1, 40, 1, None),
+    ):  # fmt: skip
+        w, bias = pruned(rng, (channels, 1, 3, 3), 2.0), rng.standard_normal(channels).astype(np.float32)
+        whole = rng.standard_normal((images, channels + 2, size + 1, size)).astype(np.float32)
+        x, want = whole[:, 1:-1, 1:], None
+        for threads in (1, 2, 3, 7):
+            op = sparsert.compile_conv2d(w, bias, "silu", stride=stride, padding=1, groups=channels, residual=residual,
+                                         threads=threads, target="x86-avx512")  # fmt: skip
+            r = np.resize(whole, op.out_shape(x.shape)) if residual else None
+            y = op(x, residual=r)
+            want = y if want is None else want
+            gaps = np.full((images + 1, channels + 3, *y.shape[2:]), -7e33, np.float32)
+            op(x, out=gaps[:-1, 2:-1], residual=r)
+            assert np.array_equal(y, want)
+            assert np.array_equal(gaps[:-1, 2:-1], want)
+            assert (gaps[-1] == np.float32(-7e33)).all()
+            assert (gaps[:, :2] == np.float32(-7e33)).all()
+            assert np.array_equal(op.bind(x, residual=r)(), want)
+            op.refit(-w)
+            new = sparsert.compile_conv2d(
+                -w, bias, "silu", stride=stride, padding=1, groups=channels, residual=residual
+            )
+            assert np.array_equal(op(x, residual=r), new(x, residual=r))
+            said |= {f"{threads} {word}" for word in ("channels", "images") if f"ranges of {word}" in op.explain()}
+    assert said == {f"{n} {word}" for n in (2, 3, 7) for word in ("channels", "images")}
 
 
 @native
@@ -125,3 +161,17 @@ def test_the_zeros_of_padding_are_summed_like_any_other(rng: np.random.Generator
     x = np.full((1, 4, 14, 14), -0.0, np.float32)
     gaps = np.empty((1, 4, 14, 15), np.float32)[..., :-1]
     assert np.array_equal(np.signbit(op(x)), np.signbit(op(x, out=gaps)))
+
+
+@native
+@pytest.mark.parametrize("dilation", [(10, 18), (5, 1), (2, 3)])
+def test_blocks_of_widely_dilated_kernels_fit_the_registers(
+    dilation: tuple[int, int], rng: np.random.Generator
+) -> None:
+    """More rows hold more vectors, where the lines that a row reads are far apart."""
+    w = pruned(rng, (3, 1, 3, 3), 2.0)
+    for stride, size in (((2, 1), 60), ((1, 1), 40), ((2, 2), 70), ((3, 1), 90)):
+        op = sparsert.compile_conv2d(w, stride=stride, padding=dilation, dilation=dilation, groups=3)
+        x = rng.standard_normal((1, 3, size, size)).astype(np.float32)
+        want, magnitude = convolve(x, w, stride, tuple((d, d) for d in dilation), dilation, 3)
+        assert close(op(x), want, magnitude, 11)

@@ -12,11 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from oracle import dense_matrix
 from sparsert.errors import DTypeError, FormatError, PatternMismatchError, ShapeError, SparseRTError, ValueRangeError
 from sparsert.sparsity.partition import balanced, row_blocks
 from sparsert.sparsity.pattern import MAX_EXTENT, Pattern, SparseMatrix, as_sparse, from_csr
 from sparsert.sparsity.reorder import ORDERS, loads
-from sparsert.sparsity.taps import GROUPS, matmul_taps
+from sparsert.sparsity.taps import GROUPS, Window, conv_taps, matmul_taps
 
 
 def sparse(rng: np.random.Generator, rows: int, cols: int, density: float) -> np.ndarray:
@@ -350,3 +351,16 @@ def test_equal_items_are_cut_equally() -> None:
     assert balanced(np.full(12, 5), 4).tolist() == [0, 3, 6, 9, 12]
     assert balanced(np.array([9, 1, 1, 1, 9]), 3).tolist() == [0, 1, 4, 5]
     assert balanced(np.array([1]), 3).tolist()[-1] == 1
+
+
+def test_a_dilated_kernel_has_no_more_displacements_than_a_dense_one(rng: np.random.Generator) -> None:
+    pattern = as_sparse(dense_matrix(rng, 12, 5 * 9, 0.7)).pattern
+    plain, wide = (conv_taps(pattern, Window((3, 3), dilation=(d, d))) for d in (1, 17))
+    assert wide.extent == plain.extent == 45
+    assert np.array_equal(wide.key, plain.key)
+    for taps in (plain, wide):
+        plane, pitch, offset = taps.place(taps.key)
+        assert np.array_equal(plane, taps.plane)
+        assert np.array_equal(pitch, taps.pitch)
+        assert np.array_equal(offset, taps.offset)
+    assert set(wide.pitch.tolist()) == {0, 17, 34}

@@ -6,7 +6,9 @@ A compile function that is given ``tune=`` or ``tuning=`` finds the records.
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from . import convolution
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -34,6 +36,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--records", metavar="PATH", help="the file of records, or off; default: SPARSERT_TUNING or the user's cache"
     )
     option("--top", type=int, default=8, metavar="N", help="rows of a layer's table (default 8)")
+    convolution.add_options(parser)
     parser.set_defaults(run=run)
 
 
@@ -42,6 +45,7 @@ def run(args: argparse.Namespace) -> int:
 
     from ..benchmarks.table import console
     from ..compiler import tune_layer
+    from ..convolution import tune_convolution
     from ..errors import ValueRangeError
     from ..frontend.weights import load_layers, pick
     from ..operators import tuned
@@ -49,20 +53,31 @@ def run(args: argparse.Namespace) -> int:
     if args.top < 1:
         raise ValueRangeError("--top is at least 1", where="tune")
     effort = ("full" if args.full else "fast") + (tuned.WARM if args.warm else "")
+    geometry = convolution.options(args)
     wanted = tuned.request(effort, args.records, args.columns)
     layers, out = load_layers(args.file), console()
     for layer in layers if args.layer is None else [pick(layers, args.layer, args.file)]:
-        columns = args.columns or layer.columns or tuned.DEFAULT_COLUMNS
-        result = tune_layer(
-            layer.weight, layer.bias, layer.activation, target=args.target, layout=args.layout, tune=effort,
-            tuning=args.records, columns=columns,
-        )  # fmt: skip
         pattern = layer.weight.pattern
-        title = f"{layer.name}: {pattern.rows}x{pattern.cols}x{columns}, {pattern.nnz} nonzeros, {args.layout}"
-        if result is None:
-            out.print(f"{escape(title)}: no two schedules would differ\n")
+        head = f"{layer.name}: {pattern.rows}x{pattern.cols}"
+        settings: dict[str, Any] = {"target": args.target, "tune": effort, "tuning": args.records}
+        results: list[tuple[str, Tuning | None]]
+        if geometry:
+            tuned_layers = tune_convolution(layer.weight, layer.bias, layer.activation, **geometry, **settings)
+            results = [
+                (f"{head}, {part.task.pattern.nnz} nonzeros, {part.describe(geometry.get('size'))}", result)
+                for part, result in tuned_layers
+            ]
         else:
-            out.print(_table(escape(title), result, args.top))
+            columns = args.columns or layer.columns or tuned.DEFAULT_COLUMNS
+            result = tune_layer(
+                layer.weight, layer.bias, layer.activation, layout=args.layout, columns=columns, **settings
+            )
+            results = [(f"{head}x{columns}, {pattern.nnz} nonzeros, {args.layout}", result)]
+        for title, result in results:
+            if result is None:
+                out.print(f"{escape(title)}: no two schedules would differ\n")
+            else:
+                out.print(_table(escape(title), result, args.top))
     place = wanted.database.path if wanted and wanted.database else None
     out.print(f"records: {escape(str(place))}" if place else "nothing is recorded", soft_wrap=True)
     return 0

@@ -7,7 +7,7 @@ column stride 2 vectors of even and odd columns are shuffled out of pairs of loa
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -102,18 +102,24 @@ class Plan:
                 continue
             self._recipes: dict[Key, tuple[str, tuple[Key, ...]]] = {}
             self.shares = walk != self._by_phase  # loads between even and odd columns
-            self.events = list(walk(_LEAST_ROWS + 1))
-            self.registers = max(Vectors(self).run(None), _temporaries(task, target))
-            most = min(MOST_ROWS, left - self.registers)
-            if most >= min(_LEAST_ROWS, vectors):
+            most = min(MOST_ROWS, left - self._needed(walk, _LEAST_ROWS + 1))
+            while not self.rows and most >= min(_LEAST_ROWS, vectors):
                 # Blocks overlap at the end, and every block makes a few vectors of its own.
-                self.rows = min(range(1, most + 1), key=lambda rows: (-(-vectors // rows) * (rows + 0.5), -rows))
-                self.events = list(walk(self.rows))
+                rows = min(range(1, most + 1), key=lambda rows: (-(-vectors // rows) * (rows + 0.5), -rows))
+                self.registers = self._needed(walk, rows)  # of a widely dilated kernel, more rows hold more vectors
+                self.rows = rows if rows + self.registers <= left else 0
+                most = rows - 1
+            if self.rows:
                 break
         if not self.rows:
             return
         step = self.rows * self.each
         self.blocks = np.minimum(np.arange(-(-height // step)) * step, max(0, height - step))
+
+    def _needed(self, walk: Callable[[int], Iterator[Event]], rows: int) -> int:
+        """Registers of a block of so many rows beside accumulators and weights; its multiply-adds are ``events``."""
+        self.events = list(walk(rows))
+        return max(Vectors(self).run(None), _temporaries(self.task, self.target))
 
     def _by_line(self, rows: int) -> Iterator[Event]:
         """Every vector once, for all rows that it serves: where taps are summed row by row."""
@@ -310,7 +316,11 @@ class Vectors:
 
 
 class _Code:
-    """The program of a plan: one channel after the other, in each its blocks, in each its tiles."""
+    """The program of a plan: images, in each one channel after the other, in each its blocks, in each its tiles.
+
+    Channels are counted by ``Arg.IMAGES``, so many bytes apart as its steps say; images by ``Arg.GROUP``, from the end
+    of one image's channels to the next image's first by ``Arg.X_GROUP`` and its kin.
+    """
 
     def __init__(self, plan: Plan) -> None:
         self.plan, self.b = plan, Builder()
@@ -439,8 +449,9 @@ class _Code:
         bases += [(S.PX5, Arg.R, Arg.R_IMAGE)] * (self.task.residual is not None)
         for register, slot in (*(base[:2] for base in bases), (S.W, Arg.W), (S.PANEL, Arg.MASKS)):
             b.emit("s_arg", d=register, disp=slot.byte)
-        b.emit("s_arg", d=S.TMP, disp=Arg.IMAGES.byte)
-        b.emit("s_put", a=S.TMP, disp=Arg.IMAGES_LEFT.byte)
+        for count, left in ((Arg.IMAGES, Arg.IMAGES_LEFT), (Arg.GROUP, Arg.COUNT)):
+            b.emit("s_arg", d=S.TMP, disp=count.byte)
+            b.emit("s_put", a=S.TMP, disp=left.byte)
         if plan.halves == 2:
             b.emit("s_arg", d=S.TMP, disp=Arg.PANEL.byte)
             for odd in (0, 1):
@@ -448,7 +459,8 @@ class _Code:
         once = plan.records == 1
         if once:
             self._resident()
-        channel, block, tile, done = b.label("next channel"), b.label("rows"), b.label("columns"), b.label()
+        channel, block, tile = b.label("next channel"), b.label("rows"), b.label("columns")
+        done, out = b.label("next image"), b.label()
         b.emit("align", disp=16)
         b.place(channel)
         for tap in range(taps):
@@ -483,6 +495,17 @@ class _Code:
         b.emit("jump_zero", a=S.TMP, disp=done)
         b.emit("jump", disp=channel)
         b.place(done)
+        b.emit("s_arg", d=S.TMP, disp=Arg.COUNT.byte)
+        b.emit("s_addi", d=S.TMP, disp=-1)
+        b.emit("s_put", a=S.TMP, disp=Arg.COUNT.byte)
+        b.emit("jump_zero", a=S.TMP, disp=out)
+        for (register, _, _), step in zip(bases, (Arg.X_GROUP, Arg.Y_GROUP, Arg.R_GROUP), strict=False):
+            b.emit("s_add_arg", d=register, disp=step.byte)
+        b.emit("s_arg", d=S.W, disp=Arg.W.byte)
+        b.emit("s_arg", d=S.TMP, disp=Arg.IMAGES.byte)
+        b.emit("s_put", a=S.TMP, disp=Arg.IMAGES_LEFT.byte)
+        b.emit("jump", disp=channel)
+        b.place(out)
         b.emit("leave")
         program = b.finish()
         check(program)
@@ -511,7 +534,7 @@ class _Code:
 def generate(task: Task, target: Target, shape: Shape) -> tuple[Program, NDArray[np.uint16], Plan] | None:
     """The program for images of ``shape``, the table of masks (records, masks) and the plan; None: not this way."""
     plan = Plan(task, target, shape)
-    if not plan.rows:
+    if not plan.rows or plan.records > _MOST_MASKS:
         return None
     code = _Code(plan)
     if plan.records * max(len(code.table), 1) > _MOST_MASKS:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import threading
-import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from itertools import pairwise
@@ -31,6 +28,7 @@ from ..target import Target, named
 from .arrays import Array
 from .bf16 import exact, narrowed, widened
 from .compact_call import STORAGE, CompactFrame, CompactTeam
+from .locks import ChildLock
 from .native import Binding, Crew, Framed, Loaded
 from .team import Call
 
@@ -158,17 +156,30 @@ class CompactProduct(Framed):
         return trips
 
     def _frame(self, key: tuple[int, ...], first: int, last: int) -> CompactFrame:
-        """An argument block for bundles ``first`` to ``last``."""
+        """An argument block for bundles ``first`` to ``last`` of arrays of these strides."""
         columns, strides = key[0], np.array(key[1:]).reshape(3, -1)
-        lanes, width, s = self.target.lanes, self.width, self.stream
-        k = self.task.pattern.cols
-        positions, before = (last - first) * s.lanes, first * s.lanes
-        order = s.order[before : before + positions]
+        k = np.arange(self.task.pattern.cols)
         if strides.shape[1] == 3:  # tiles
             tile, row, column = strides.T.tolist()
         else:
             row, column = (strides.T if self.task.layout != "transposed" else strides.T[::-1]).tolist()
-            tile = [width * step for step in column]
+            tile = [self.width * step for step in column]
+        return self.frame_for(columns, k * row[0], row[1:], column, tile, first, last)
+
+    def frame_for(
+        self, columns: int, x_rows: NDArray[np.int64], rows: Sequence[int], column: Sequence[int], tile: Sequence[int],
+        first: int, last: int,
+    ) -> CompactFrame:  # fmt: skip
+        """An argument block for bundles ``first`` to ``last``: lists of where rows begin, and panels.
+
+        Args:
+            x_rows: (K,) bytes from x to its rows; ``rows``: from row to row of y and the residual; ``column`` and
+                ``tile``: from column to column and tile to tile of x, y and the residual.
+        """
+        lanes, width, s = self.target.lanes, self.width, self.stream
+        k = self.task.pattern.cols
+        positions, before = (last - first) * s.lanes, first * s.lanes
+        order = s.order[before : before + positions]
         if self.by_lookup:
             pitch = -(-k // lanes) * lanes + self.window
             panel, y_panel = columns * pitch, columns * positions
@@ -177,7 +188,7 @@ class CompactProduct(Framed):
             pitch = 0
             panel, y_panel = (k + 1) * width, positions * width
             sums = s.lanes * width if s.folds > 1 else 0
-        lists = [np.arange(k) * row[0], order * row[1], order * row[2] if self.task.residual else order[:0]]
+        lists = [x_rows, order * rows[0], order * rows[1] if self.task.residual else order[:0]]
         sizes = [-(-n // 16) * 16 for n in (panel, y_panel, sums, *(2 * part.size for part in lists))]
         trips = int(self._trips[:first].sum())
         behind = 4 * (s.bundles * s.lanes - before)
@@ -227,8 +238,7 @@ class SmallProducts:
     ) -> None:
         self.task, self.target, self._current, self._crew = task, target, current, crew
         self._made: dict[cost.FewColumns, CompactProduct] = {}
-        self._lock = threading.Lock()
-        _LOCKED.add(self)
+        self._lock = ChildLock()
 
     def of(self, columns: int) -> CompactProduct | None:
         """The product for so many columns, or None where the operator's own is best."""
@@ -258,22 +268,6 @@ class SmallProducts:
             for made in self._made.values():
                 made.load(*self._current())
 
-    def forget_lock(self) -> None:
-        self._lock = threading.Lock()
-
-
-_LOCKED: weakref.WeakSet[SmallProducts] = weakref.WeakSet()
-
-
-def _after_fork() -> None:
-    """Another thread of the parent may have held a lock, which nobody would give back here."""
-    for products in list(_LOCKED):
-        products.forget_lock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
-
 
 def stored_as_bf16(target: Target, values: Array) -> bool:
     """Whether these products keep ``values`` in 16 bits: where no bit is lost."""
@@ -288,11 +282,6 @@ def _looped(task: Task, target: Target, width: int) -> Looped:
     pattern = task.pattern
     index_bytes = wide_bytes(pattern, looped.index_unit(target, width))
     return Looped(looped.rows_per_bundle(task, target, width), index_bytes, _fold(pattern) > 0, width)
-
-
-def looped_code_bytes(task: Task, target: Target) -> int:
-    """Code of a product that loops over the pattern."""
-    return len(_bytes(_stripped(task), target.name, _looped(task, target, target.lanes)))
 
 
 def _stripped(task: Task) -> Task:

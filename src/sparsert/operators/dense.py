@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..codegen.assemble import assemble, listing
+from ..codegen.vector import Program
 from ..errors import InternalError
 from ..kernels.dense import UNROLL, VECTORS, generate
 from ..kernels.dense_arguments import Form, Slot
@@ -175,6 +176,16 @@ class Packed:
         return found
 
 
+def _form_of(t: Task, a: str, bias: str) -> Form:
+    return Form(a, "rows", bias if t.bias else None, t.activation, t.parameters, t.residual)
+
+
+def dense_program(task: Task, target: Target) -> Program:
+    """The program of a dense product."""
+    linear = task.layout == "transposed"
+    return generate(_form_of(task, *(("rows", "columns") if linear else ("columns", "rows"))), target).program
+
+
 class DenseProduct:
     """The looped form with a constant W behind a compiled operator: the same contract as the sparse product.
 
@@ -201,8 +212,7 @@ class DenseProduct:
         self._bindings: dict[tuple[int, ...], DenseBinding] = {}
 
     def _form(self, a: str, bias: str) -> Form:
-        t = self.task
-        return Form(a, "rows", bias if t.bias else None, t.activation, t.parameters, t.residual)
+        return _form_of(self.task, a, bias)
 
     def share(self, crew: Crew) -> None:
         """Calls for shapes not seen yet may use several threads."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import pairwise
 from typing import TypeVar
 
 from ..codegen.assemble import assemble
@@ -14,7 +13,7 @@ from ..schedule import cost
 from ..schedule.cost import LEAST_SHARE, Split
 from ..schedule.schedule import Schedule
 from ..schedule.task import Task
-from ..sparsity.geometry import Band, Geometry, Padding
+from ..sparsity.geometry import Band, Geometry, Padding, bands
 from ..sparsity.taps import Window
 from ..target import Target
 from .bands import Arrays, Bands, Steps
@@ -23,7 +22,7 @@ from .team import Call, Part, Solo, Team
 
 _Kind = TypeVar("_Kind", bound=Frame)
 
-_LEAST_COLUMNS = 256  # of a band
+_LEAST_COLUMNS = 256  # of a thread's band
 _IMAGES, _ROWS = "images", "image rows"
 _MOST_SIZES = 256  # of images, whose code is remembered,
 _MOST_WINDOWS = 8  # of which so many different ones have code of their own
@@ -50,6 +49,9 @@ class ConvProduct(NativeProduct):
         self.unit, self.aligns_x = 1, False
         self._by_size: dict[tuple[int, ...], ConvProduct | None] = {}  # None: this one, which makes no cycle
         self._by_window: dict[Window, ConvProduct] = {}
+
+    def _with(self, executable: Executable) -> NativeProduct:
+        return ConvProduct(self.task, self.schedule, self.target, self.kernel, executable, self.window, self.padding, 0)
 
     def bind(self, x: Array, y: Array, r: Array | None, columns: int) -> Binding:
         """The binding for arrays like these: 4-D, or x 5-D with ``columns`` where it comes column phase by phase."""
@@ -170,30 +172,11 @@ class ConvProduct(NativeProduct):
         return Bands(self.task, self.window, self.schedule, self.target, geometry, bands, arrays)
 
     def _bands(self, geometry: Geometry, least: int) -> list[Band]:
-        """Rows, and columns where rows are very long, cut so that the planes of a band fit the second-level cache.
-
-        There are no fewer bands than ``least``, unless there are fewer rows.
-        """
-        rows, columns = geometry.out
-        budget = self.target.l2 // 4
+        """Bands whose planes fit the second-level cache, no fewer than ``least`` unless there are fewer rows."""
         task, phases = self.task, len(self.window.phases)
         inputs = self.window.channels(task.pattern.cols) * phases
         outputs = 0 if self.window.masked else task.pattern.rows * (2 if task.residual else 1)
-
-        def floats(band: Band) -> int:
-            return inputs * band.floats + outputs * band.positions
-
-        one, everything = floats(geometry.band((0, 1))), floats(geometry.band((0, rows)))
-        if one > budget and columns > _LEAST_COLUMNS:
-            parts = min(-(-one // budget), -(-columns // _LEAST_COLUMNS))
-            cuts = [columns * i // parts for i in range(parts + 1)]
-            pairs = list(pairwise(cuts))
-            return [geometry.band((row, row + 1), pair) for row in range(rows) for pair in pairs]
-        per_row = max(1, (everything - one) // max(rows - 1, 1))
-        most = max(1, 1 + (budget - one) // per_row)
-        parts = max(-(-rows // most), min(least, rows))
-        cuts = [rows * i // parts for i in range(parts + 1)]
-        return [geometry.band(pair) for pair in pairwise(cuts)]
+        return bands(geometry, inputs, outputs, self.target.l2 // 4, least)
 
 
 def _steps(array: Array) -> tuple[int, int, int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import threading
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from ..schedule import cost
 from ..schedule.schedule import Schedule
 from ..schedule.task import Task
 from ..target import Target
+from .locks import ChildLock
 from .team import Call, Part, Solo, Team, pieces, tile_cuts
 
 Array = NDArray[np.float32]
@@ -164,7 +164,7 @@ class NativeProduct(Framed):
         self.executable = executable
         self.narrowest = target.lanes
         self._rows: dict[int, list[tuple[int, NativeProduct]]] = {}  # parts by rows, by how many were asked for
-        self._changing = threading.RLock()
+        self._changing = ChildLock()
         self._splits: dict[int, cost.Split] = {}  # by columns: what calls so far were
 
     def share(self, crew: Crew) -> None:
@@ -197,11 +197,14 @@ class NativeProduct(Framed):
     def copy(self) -> NativeProduct:
         """The same code and values at other addresses."""
         memory = self.executable.memory
-        again = Executable(ctypes.string_at(memory.address, memory.size))
-        made = NativeProduct(self.task, self.schedule, self.target, self.kernel, again)
+        made = self._with(Executable(ctypes.string_at(memory.address, memory.size)))
         packed = {0: tuple(_copied(array) for array in self.values[0].packed[0])}
         made.values[0] = Loaded(packed, {0: tuple(address_of(array) for array in packed[0])})
         return made
+
+    def _with(self, executable: Executable) -> NativeProduct:
+        """The same product with its code elsewhere, and no values yet."""
+        return NativeProduct(self.task, self.schedule, self.target, self.kernel, executable)
 
     def current(self) -> tuple[Array, Array | None]:
         """The values and biases that were loaded last."""
@@ -217,7 +220,8 @@ class NativeProduct(Framed):
                 old = self.values[0]
                 loaded = Loaded(dict(old.packed), dict(old.addresses))
                 self._pack(loaded, parts, made, *self.kernel.unpack(old.packed[0][0]))
-                self._rows[parts], self.values[0] = made, loaded
+                self.values[0] = loaded
+                self._rows[parts] = made
             return self._rows[parts]
 
     def bind(self, x: Array, y: Array, r: Array | None, columns: int) -> Binding:

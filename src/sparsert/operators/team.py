@@ -15,6 +15,9 @@ Addresses = Mapping[int, tuple[int, ...]]
 """Of packed values: of the whole product under 0, of its parts under their number."""
 
 
+"""Bytes by which x, y, the residual and the weights of a part lie behind those of the whole."""
+
+
 class Call(Protocol):
     """Prepared for arrays of one shape and pitch. One caller at a time has it to itself.
 
@@ -44,12 +47,13 @@ class Solo(Frame):
 
 class Part(NamedTuple):
     """A piece of a call: ``shifts`` is how far its x, y and residual lie behind the caller's, ``weights`` the number of
-    its values among those that the team's name stands for."""
+    its values among those that the team's name stands for, ``behind`` how far into them it begins."""
 
     frame: Frame
     code: int
     shifts: tuple[int, int, int]
     weights: int = 0
+    behind: int = 0
 
 
 class Team:
@@ -64,7 +68,7 @@ class Team:
 
     def __init__(self, pool: Pool, parts: Sequence[Part], name: int, threads: int) -> None:
         self._pool, self._name, self._workers = pool, name, threads - 1
-        self._parts = [(part.frame.point, part.shifts, part.weights) for part in parts]
+        self._parts = [(part.frame.point, part.shifts, part.weights, part.behind) for part in parts]
         entries = [(part.code, part.frame.address) for part in parts]
         self._queue = queue(entries, threads)
         if len(entries) > threads:
@@ -79,8 +83,8 @@ class Team:
 
     def aim(self, xa: int, ya: int, ra: int, weights: Addresses) -> None:
         own = weights[self._name]
-        for point, (dx, dy, dr), number in self._parts:
-            point(xa + dx, ya + dy, ra + dr, own[number])
+        for point, (dx, dy, dr), number, behind in self._parts:
+            point(xa + dx, ya + dy, ra + dr, own[number] + behind)
 
 
 def pieces(low: int, high: int, group: int, least: int, allowed: range) -> list[int]:

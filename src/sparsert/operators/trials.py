@@ -19,6 +19,7 @@ from ..schedule.schedule import Schedule
 from ..schedule.task import Task
 from ..target import Target
 from .arrays import Array, empty
+from .bands import column_phases
 from .native import NativeProduct
 
 SAMPLE_SECONDS = 4e-4  # of calls in a row, twice, of which the faster counts: an interrupt spoils one of them
@@ -26,6 +27,10 @@ MOST_CALLS = 1000
 CHAIN = 9  # layers of a network that are called in turn, at most,
 CHAIN_CACHES = 8  # until their code and values are so many times the second-level cache
 MOST_BYTES = 512 << 20  # of x, of y and of a residual; where more columns are asked for, these tell as much
+
+
+Shapes = tuple[tuple[int, ...], tuple[int, ...]]
+"""Of x and y of a convolution."""
 
 
 class Built(NamedTuple):
@@ -53,17 +58,21 @@ class Trials:
     """
 
     def __init__(
-        self, task: Task, target: Target, build: Callable[[Schedule], Built], columns: int, cold: bool = True,
-        clock: Callable[[], float] = time.perf_counter,
+        self, task: Task, target: Target, build: Callable[[Schedule], Built], columns: int,
+        shapes: Shapes | None = None, cold: bool = True, clock: Callable[[], float] = time.perf_counter,
     ) -> None:  # fmt: skip
         self.build, self.clock, self.cold = build, clock, cold
         self.room = CHAIN_CACHES * target.l2
-        columns = min(columns, MOST_BYTES // (4 * max(1, *task.pattern.shape)))
-        whole = -(-columns // target.lanes) * target.lanes
-        self.columns = whole if task.layout == "tile_major" else max(columns, target.lanes)
-        self.x, self.y, self.r = _arrays(task, target, self.columns)
         self.built: dict[Schedule, Built] = {}
         self._ready: dict[Schedule, _Ready] = {}
+        if shapes is not None:
+            self.columns, self._bound = columns, shapes[0][3]
+            self.x, self.y, self.r = _images(task, shapes)
+            return
+        columns = min(columns, MOST_BYTES // (4 * max(1, *task.pattern.shape)))
+        whole = -(-columns // target.lanes) * target.lanes
+        self.columns = self._bound = whole if task.layout == "tile_major" else max(columns, target.lanes)
+        self.x, self.y, self.r = _arrays(task, target, self.columns)
 
     def __call__(self, task: Task, schedule: Schedule) -> float:
         """Seconds of a call; infinity where the code would exceed the budget."""
@@ -93,7 +102,7 @@ class Trials:
             size = max(1, built.code_bytes + 4 * built.kernel.plan.slots)
             products += [built.product.copy() for _ in range(min(CHAIN, max(1, -(-self.room // size))) - 1)]
         addresses = [0 if array is None else address_of(array) for array in (self.x, self.y, self.r)]
-        turns = [p.bind(self.x, self.y, self.r, self.columns).fixed(*addresses) for p in products]
+        turns = [p.bind(self.x, self.y, self.r, self._bound).fixed(*addresses) for p in products]
         run = turns[0] if len(turns) == 1 else partial(_in_turn, turns)
         run()  # the first call allocates and faults in what the second finds
         start = self.clock()
@@ -128,3 +137,19 @@ def _arrays(task: Task, target: Target, columns: int) -> tuple[Array, Array, Arr
         return array
 
     return filled(k), filled(m), filled(m) if task.residual else None
+
+
+def _images(task: Task, shapes: Shapes) -> tuple[Array, Array, Array | None]:
+    """x, y and the residual of a convolution, columns of x phase by phase where strides have no shuffle."""
+    (images, channels, height, width), out = shapes[0], shapes[1]
+    window = task.window
+    if window is not None and window.stride[1] > 2:
+        stride = window.stride[1]
+        x = empty((images, channels, height, len(column_phases(window)), -(-width // stride)))
+    else:
+        x = empty((images, channels, height, width))
+    noise = np.random.default_rng(0).standard_normal(1 << 14, np.float32)
+    arrays = [x, empty(out), *([empty(out)] if task.residual else [])]
+    for array in arrays:
+        array[...] = np.resize(noise, array.shape)
+    return arrays[0], arrays[1], arrays[2] if task.residual else None

@@ -17,7 +17,7 @@ from ..schedule.database import Database, Record
 from ..schedule.schedule import Schedule
 from ..schedule.task import Task
 from ..target import Target
-from .trials import CHAIN_CACHES, Built, Trials
+from .trials import CHAIN_CACHES, Built, Shapes, Trials
 
 DEFAULT_COLUMNS = 196
 """What is tuned for where nobody says: an image of 14x14, or as many tokens."""
@@ -33,12 +33,21 @@ class Choice(NamedTuple):
 
 
 class Tuning(NamedTuple):
-    """What a compile function was asked to do about tuning."""
+    """What a compile function was asked to do about tuning.
+
+    Attributes:
+        shapes: of a convolution's x and y, whose positions are the columns; None for a product.
+    """
 
     effort: str | None
     columns: int
     database: Database | None
     cold: bool = True
+    shapes: Shapes | None = None
+
+    def on(self, shapes: Shapes) -> Tuning:
+        """The same for a convolution of such arrays."""
+        return self._replace(columns=int(np.prod(shapes[1][2:])), shapes=shapes)
 
 
 WARM = "-warm"
@@ -106,7 +115,7 @@ def run(task: Task, target: Target, wanted: Tuning, build: Callable[[Schedule], 
     found = space.candidates(task, target, spare, wanted.columns, min(effort.candidates, room))
     if len(found) == 1:
         return Choice(found[0], "by the cost model: no other schedule would differ")
-    measure = Trials(task, target, build, wanted.columns, wanted.cold)
+    measure = Trials(task, target, build, wanted.columns, wanted.shapes, wanted.cold)
     result = tuner.tune(task, found, measure, effort.budget(task.pattern.nnz), rounds=effort.rounds)
     record = _record(task, target, wanted, result)
     if wanted.database is not None:
@@ -136,7 +145,10 @@ def _identity(task: Task, target: Target, wanted: Tuning) -> tuple[str, str, str
 def _record(task: Task, target: Target, wanted: Tuning, result: tuner.Tuning) -> Record:
     m, k = task.pattern.shape
     extras = [word for word in (task.activation, "bias" if task.bias else None, task.residual) if word]
-    remark = ", ".join([f"{m}x{k}", f"{task.pattern.nnz} nonzeros", task.layout, f"{wanted.columns} columns", *extras,
+    form, size = task.layout, f"{wanted.columns} columns"
+    if wanted.shapes is not None:
+        form, size = "convolution", "x".join(map(str, wanted.shapes[0][2:]))
+    remark = ", ".join([f"{m}x{k}", f"{task.pattern.nnz} nonzeros", form, size, *extras,
                         "cold" if wanted.cold else "warm"])  # fmt: skip
     second = result.runner_up
     return Record(

@@ -32,13 +32,15 @@ def candidates(task: Task, target: Target, spare: int, columns: int, most: int) 
 
 def plausible(task: Task, schedule: Schedule) -> bool:
     """Whether the code of ``schedule`` stays in proportion: a schedule that someone wrote down may be absurd."""
-    return not schedule.k_segment or task.pattern.cols <= MOST_SEGMENTS * schedule.k_segment
+    return not schedule.k_segment or task.extent <= MOST_SEGMENTS * schedule.k_segment
 
 
 def _all(task: Task, target: Target, spare: int) -> Iterator[Schedule]:
     base = cost.choose(task, target, spare)
     yield base
-    if task.pattern.nnz:
+    if task.window:
+        yield from _convolutions(task, base, most_rows(target, spare))
+    elif task.pattern.nnz:
         yield from _neighbours(task, target, base)
         yield from _combinations(task, target, base, most_rows(target, spare))
 
@@ -106,6 +108,33 @@ def _combinations(task: Task, target: Target, base: Schedule, most: int) -> Iter
             yield replace(base, rows=rows)
 
 
+def _convolutions(task: Task, base: Schedule, most: int) -> Iterator[Schedule]:
+    """Convolutions load x unaligned and often: what groups rows, and what segments x, matters most."""
+    if not task.pattern.nnz:
+        return
+    segments = [-(-task.extent // n) for n in (-(-task.extent // each) for each in _CONV_SEGMENTS) if n > 1]
+    lengths = list(dict.fromkeys([base.k_segment, 0, *segments]))
+    one_group = task.window is not None and task.window.groups == 1
+    orders = [
+        base.order,
+        *(o for o in ("overlap", "natural", "count") if o != base.order and (one_group or o != "overlap")),
+    ]
+    for order in orders[1:]:
+        yield replace(base, order=order)
+    for length in lengths[1:]:
+        yield replace(base, k_segment=length)
+    yield replace(base, packing="beside")
+    yield replace(base, tiles=8, blocks=0)
+    yield replace(base, rows=max(1, 3 * most // 4))
+    yield replace(base, prefetch=not base.prefetch)
+    yield replace(base, tiles=8)
+    yield replace(base, blocks=2)
+    for length, order, packing in product(lengths, orders, ("none", "beside")):
+        for blocks, tiles in ((1, 0), (0, 8), (1, 8), (0, 0), (2, 0), (1, 16)):
+            yield Schedule(most, length, tiles, blocks, packing, order)
+
+
+_CONV_SEGMENTS = (768, 384, 1536)  # displacements
 _GROUPED = 0.11  # above this density, grouping rows by overlap saves too little to be tried
 
 
@@ -118,7 +147,7 @@ def _segments(task: Task, target: Target) -> list[int]:
 
 def canonical(task: Task, schedule: Schedule, target: Target, columns: int) -> Schedule:
     """The plainest schedule that does the same to ``task`` on ``columns`` columns."""
-    m, k = task.pattern.shape
+    m, k = task.pattern.rows, task.extent
     fours = task.layout == "transposed" and m % 4 == 0 and schedule.order == "natural" and schedule.rows >= 4
     unit = 4 if fours else 1  # rows that are transposed in registers come in fours
     blocks = max(1, row_blocks(m, schedule.rows, unit).size - 1)

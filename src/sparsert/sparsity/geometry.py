@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -185,3 +186,29 @@ class Band:
     def floats(self) -> int:
         """Of an input plane, from the first to the last that an output reads."""
         return self.positions + self.geometry.reach[0] * self.pitch + self.geometry.reach[1]
+
+
+_LEAST_COLUMNS = 256  # of a band
+
+
+def bands(geometry: Geometry, inputs: int, outputs: int, budget: int, least: int = 1) -> list[Band]:
+    """Rows, and columns where rows are very long, cut so that the planes of a band take about ``budget`` floats.
+
+    There are so many planes of input and output. There are no fewer bands than ``least``, unless there are fewer rows.
+    """
+    rows, columns = geometry.out
+
+    def floats(band: Band) -> int:
+        return inputs * band.floats + outputs * band.positions
+
+    one, everything = floats(geometry.band((0, 1))), floats(geometry.band((0, rows)))
+    if one > budget and columns > _LEAST_COLUMNS:
+        parts = min(-(-one // budget), -(-columns // _LEAST_COLUMNS))
+        cuts = [columns * i // parts for i in range(parts + 1)]
+        pairs = list(pairwise(cuts))
+        return [geometry.band((row, row + 1), pair) for row in range(rows) for pair in pairs]
+    per_row = max(1, (everything - one) // max(rows - 1, 1))
+    most = max(1, 1 + (budget - one) // per_row)
+    parts = max(-(-rows // most), min(least, rows))
+    cuts = [rows * i // parts for i in range(parts + 1)]
+    return [geometry.band(pair) for pair in pairwise(cuts)]

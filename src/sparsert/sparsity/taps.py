@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +27,7 @@ class Taps:
         row: (n,) the output row each tap accumulates into.
         plane, pitch, offset: (n,) coefficients of the input displacement.
         source: (n, group) which value of the pattern (CSR order) each lane of the tap takes; -1 is a zero.
+        sparse: keys count those pitches and offsets alone that some tap has: a dilated kernel skips most of them.
     """
 
     rows: int
@@ -35,6 +37,7 @@ class Taps:
     pitch: NDArray[np.int32]
     offset: NDArray[np.int32]
     source: NDArray[np.int64]
+    sparse: bool = False
 
     def __len__(self) -> int:
         return int(self.row.size)
@@ -42,38 +45,46 @@ class Taps:
     @cached_property
     def key(self) -> NDArray[np.int64]:
         """(n,) numbers that rise with the displacement: by plane, in it by pitch, then by offset."""
-        planes, pitches, offsets = self._spans
-        if planes == offsets == 1:  # a matrix
+        pitches, offsets = self._used
+        if self.extent == pitches.size:  # a matrix
             return self.pitch.astype(np.int64)
-        return (self.plane.astype(np.int64) * pitches + self.pitch) * offsets + self.offset
+        pitch: Any = self.pitch
+        offset: Any = self.offset
+        if self.sparse:
+            pitch, offset = np.searchsorted(pitches, pitch), np.searchsorted(offsets, offset)
+        return np.asarray((self.plane.astype(np.int64) * pitches.size + pitch) * offsets.size + offset)
 
     @property
     def extent(self) -> int:
         """Every key is below."""
-        planes, pitches, offsets = self._spans
-        return planes * pitches * offsets
+        pitches, offsets = self._used
+        return (int(self.plane.max(initial=0)) + 1) * pitches.size * offsets.size
 
     @property
     def pitches(self) -> int:
         """Every ``pitch`` is below,"""
-        return self._spans[1]
+        return int(self._used[0][-1]) + 1
 
     @property
     def offsets(self) -> int:
         """and every ``offset``."""
-        return self._spans[2]
+        return int(self._used[1][-1]) + 1
 
     def place(self, key: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
         """Plane, pitch and offset of keys."""
-        _, pitches, offsets = self._spans
-        above, offset = np.divmod(key, offsets)
-        plane, pitch = np.divmod(above, pitches)
-        return plane, pitch, offset
+        pitches, offsets = self._used
+        above, offset = np.divmod(key, offsets.size)
+        plane, pitch = np.divmod(above, pitches.size)
+        return plane, pitches[pitch], offsets[offset]
 
     @cached_property
-    def _spans(self) -> tuple[int, int, int]:
-        planes, pitches, offsets = (int(c.max(initial=0)) + 1 for c in (self.plane, self.pitch, self.offset))
-        return planes, pitches, offsets
+    def _used(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The pitches and offsets that are counted, rising."""
+        pitches, offsets = (
+            np.flatnonzero(np.bincount(c, minlength=1)) if self.sparse and c.size else np.arange(c.max(initial=0) + 1)
+            for c in (self.pitch, self.offset)
+        )
+        return pitches, offsets
 
     def pack(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
         """Values of the pattern as (n, group), in tap order."""
@@ -170,9 +181,8 @@ def conv_taps(pattern: Pattern, window: Window) -> Taps:
     group = pattern.row_of // max(pattern.rows // window.groups, 1)
     row, row_phase = np.divmod(ky * dh, sh)
     column, column_phase = np.divmod(kx * dw, sw)
-    rank = np.full(window.stride, -1, np.int64)
-    for i, phase in enumerate(window.phases):
-        rank[phase] = i
-    plane = (group * channels + channel) * len(window.phases) + rank[row_phase, column_phase]
+    rows, columns = (np.unique([phase[axis] for phase in window.phases]) for axis in (0, 1))
+    rank = np.searchsorted(rows, row_phase) * columns.size + np.searchsorted(columns, column_phase)
+    plane = (group * channels + channel) * len(window.phases) + rank
     return Taps(pattern.rows, 1, pattern.row_of, plane.astype(np.int32), row.astype(np.int32),
-                column.astype(np.int32), np.arange(pattern.nnz)[:, None])  # fmt: skip
+                column.astype(np.int32), np.arange(pattern.nnz)[:, None], sparse=True)  # fmt: skip
