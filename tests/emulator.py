@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -132,7 +133,7 @@ _BY_ADDRESS: WeakValueDictionary[int, Emulated] = WeakValueDictionary()
 class OneAfterTheOther:
     """Stands where a pool of threads does; runs the emulated parts of a job, the last one first."""
 
-    address, workers, trouble = 0, 255, ""
+    address, workers, trouble, drain = 0, 255, "", 0
 
     def ensure(self, workers: int) -> bool:
         return True
@@ -190,6 +191,7 @@ class Emulated:
         self.address = ctypes.addressof(self._named)
         _BY_ADDRESS[self.address] = self
         self.before: dict[int, bytes] = {}
+        self.memory = SimpleNamespace(size=len(code))
 
     def call(self, address: int) -> None:
         self.before.clear()

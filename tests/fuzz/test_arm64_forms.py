@@ -165,6 +165,7 @@ def test_dense_products(form: Form, shape: tuple[int, int, int], k_block: int, r
             made.slots[Slot.BIAS] = address_of(bias)
             made.point(address_of(a), address_of(b), address_of(y), address_of(r))
             arrays = {"a": a, "b": b, "y": y, "r": r, "bias": bias, "scratch": made.scratch}
+            arrays |= {"aheads": made.kept} if isinstance(made.kept, np.ndarray) else {}
             if interpreted:
                 memory = {name: region(address_of(array), array) for name, array in arrays.items()}
                 run(kernel.program, found.lanes, made.slots, memory)

@@ -27,6 +27,7 @@ CASES: dict[str, tuple[str, Schedule, str | None, Any, bool]] = {
     "wide": ("tile_major", Schedule(3, k_segment=300), None, "hardswish", False),
 }
 EXTENTS = {"wide": (5, 900)}
+LISTED = [isa for isa in ENCODINGS if isa in TARGETS]  # what users may name
 
 
 def program(name: str, isa: str) -> Any:
@@ -60,7 +61,7 @@ def their_text(text: str) -> str:
 
 
 @pytest.mark.tools("objdump")
-@pytest.mark.parametrize("isa", ENCODINGS)
+@pytest.mark.parametrize("isa", LISTED)
 @pytest.mark.parametrize("name", CASES)
 def test_objdump_reads_what_the_listing_says(name: str, isa: str, tmp_path: Path) -> None:
     made = program(name, isa)
@@ -101,7 +102,7 @@ def test_objdump_reads_what_the_listing_says(name: str, isa: str, tmp_path: Path
 def test_each_target_lists_its_own_registers(rng: np.random.Generator) -> None:
     weight = np.where(rng.random((4, 6)) < 0.5, 1, 0).astype(np.float32)
     assert "NumPy" in compile_matmul(weight, target="reference").listing()
-    listings = {isa: compile_listing(weight, target=isa) for isa in ENCODINGS}
+    listings = {isa: compile_listing(weight, target=isa) for isa in LISTED}
     assert "zmm" in listings["x86-avx512"]
     assert "ymm" in listings["x86-avx2"]
     assert "zmm" not in listings["x86-avx2"]
