@@ -149,7 +149,7 @@ def test_what_a_sample_is(cold: bool, monkeypatch: pytest.MonkeyPatch, rng: np.r
     task, _ = compiler.make_task(matrix, None, None, None, "f32", "row_major")
     budget = compiler.MAX_CODE_BYTES
     measure = trials.Trials(
-        task, target, lambda s: compiler._build(task, s, target, budget, matrix.values, None), 64, cold
+        task, target, lambda s: compiler._build(task, s, target, budget, matrix.values, None), 64, cold=cold
     )
     products, results = [], []
     bind = NativeProduct.bind

@@ -70,7 +70,7 @@ class CompactProduct(Framed):
     @property
     def bf16(self) -> bool:
         """Whether the values loaded last are stored in 16 bits."""
-        return bool(self.values[0].addresses[STORAGE][0])
+        return bool(self.values[0].addresses.get(STORAGE, (0,))[0])
 
     def form_of(self, columns: int, bf16: bool) -> Lookup | Looped:
         """The form that a call takes."""

@@ -26,7 +26,8 @@ _LEAST_COLUMNS = 256  # of a thread's band
 _IMAGES, _ROWS = "images", "image rows"
 _MOST_SIZES = 256  # of images, whose code is remembered,
 _MOST_WINDOWS = 8  # of which so many different ones have code of their own
-_LONGEST_ROW = 512  # floats: rows of a kernel stay within reach of one pointer
+_LONGEST_ROW = 512  # floats
+_REACH = 2048  # floats that a pointer reaches without being moved, which all rows of a kernel have to
 
 
 class ConvProduct(NativeProduct):
@@ -83,7 +84,8 @@ class ConvProduct(NativeProduct):
         if any(band.columns != (0, geometry.out[1]) for band in bands):
             return None
         pitch = bands[0].pitch if self.window.kernel[0] > 1 else 1  # which a single row of taps does without
-        if pitch > _LONGEST_ROW:
+        tall, wide = self.window.span
+        if pitch > _LONGEST_ROW or (tall - 1) * pitch + wide + 2 * self.target.lanes > _REACH:
             return None
         rows, columns = bands[0].runs[0]
         shift = -(rows.zeros * bands[0].pitch + columns.zeros) % self.target.lanes

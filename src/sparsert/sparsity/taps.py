@@ -46,7 +46,7 @@ class Taps:
     def key(self) -> NDArray[np.int64]:
         """(n,) numbers that rise with the displacement: by plane, in it by pitch, then by offset."""
         pitches, offsets = self._used
-        if self.extent == pitches.size:  # a matrix
+        if not self.sparse and self.extent == pitches.size:  # a matrix
             return self.pitch.astype(np.int64)
         pitch: Any = self.pitch
         offset: Any = self.offset
