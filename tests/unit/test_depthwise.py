@@ -175,3 +175,13 @@ def test_blocks_of_widely_dilated_kernels_fit_the_registers(
         x = rng.standard_normal((1, 3, size, size)).astype(np.float32)
         want, magnitude = convolve(x, w, stride, tuple((d, d) for d in dilation), dilation, 3)
         assert close(op(x), want, magnitude, 11)
+
+
+def test_kernel_columns_that_lie_beside_the_image_everywhere(rng: np.random.Generator) -> None:
+    """Nothing of their vectors is in the image: they are zeros, not turned out of others."""
+    weight, bias = rng.standard_normal((13, 1, 3, 3), np.float32), rng.standard_normal(13, np.float32)
+    x = rng.standard_normal((2, 13, 8, 6), np.float32)
+    geometry = {"dilation": (2, 23), "padding": ((34, 35), (1, 48)), "groups": 13}
+    wanted = sparsert.compile_conv2d(weight, bias, target="reference", **geometry)(x)
+    got = sparsert.compile_conv2d(weight, bias, **geometry)(x)
+    assert np.abs(got - wanted).max() < 1e-5

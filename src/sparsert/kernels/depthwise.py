@@ -233,12 +233,12 @@ class Plan:
         return ("evens", "odds")[odd], tuple((line, offset - odd, half) for half in (0, 1))
 
     def _turns(self, offset: int) -> bool:
-        """Whether all elements of a vector are lanes of the one that it would be turned from."""
+        """Whether a vector has elements, and all of them are lanes of the one that it would be turned from."""
         width, lanes = self.shape.geometry.out[1], self.target.lanes
         by = offset // 2 if self.halves == 2 else self.turn(offset)  # one turn after the other
         span = lanes // 2 if self.halves == 2 and self.each == 2 else width if self.each > 1 else lanes
         column = np.flatnonzero(self._inside(offset, np.arange(min(width, span))))
-        return bool(((column + by >= 0) & (column + by < span)).all())
+        return column.size > 0 and bool(((column + by >= 0) & (column + by < span)).all())
 
     def place(self, line: int, offset: int, half: int) -> int:
         """Bytes from the input pointer of a block and tile to a load."""
