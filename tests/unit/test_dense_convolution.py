@@ -13,8 +13,9 @@ from oracle import COMPILED, same_bits
 from sparsert.codegen.assemble import assemble
 from sparsert.codegen.interpreter import region, run
 from sparsert.errors import CodeBudgetError, PatternMismatchError, ScheduleError, ShapeError, ValueRangeError
-from sparsert.kernels.dense import VECTORS, generate
+from sparsert.kernels.dense import generate
 from sparsert.kernels.dense_arguments import Form, Slot
+from sparsert.kernels.dense_micro import VECTORS
 from sparsert.operators import dense_conv, dense_parts
 from sparsert.operators.dense import Code, code_of, pack_panels, pack_rows, spread_pitch
 from sparsert.operators.dense_conv import DenseConv

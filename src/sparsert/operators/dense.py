@@ -12,8 +12,9 @@ import numpy as np
 from ..codegen.assemble import assemble, listing
 from ..codegen.vector import Program
 from ..errors import InternalError
-from ..kernels.dense import UNROLL, VECTORS, generate
+from ..kernels.dense import generate
 from ..kernels.dense_arguments import Form, Slot
+from ..kernels.dense_micro import UNROLL, VECTORS
 from ..kernels.layout import TransposeArg, transpose_slots, transposition
 from ..kernels.plan import fold_width
 from ..runtime.cpu import Executable, Frame, address_of

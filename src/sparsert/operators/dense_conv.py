@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from ..codegen.assemble import listing
 from ..errors import InternalError
-from ..kernels.dense import VECTORS, generate
+from ..kernels.dense import generate
 from ..kernels.dense_arguments import Form
+from ..kernels.dense_micro import VECTORS
 from ..kernels.plan import fold_width
 from ..runtime.cpu import Frame, address_of
 from ..runtime.memory import aligned_empty

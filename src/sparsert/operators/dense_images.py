@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..kernels.dense import UNROLL, VECTORS
 from ..kernels.dense_arguments import Copy, Line, RowsLine, Slot, Tap
 from ..kernels.dense_image import AHEAD_LINES, COPY_MASKS, LINE, mask_bytes
+from ..kernels.dense_micro import UNROLL, VECTORS
 from ..runtime.cpu import Frame, address_of
 from ..runtime.memory import aligned_empty
 from ..schedule.dense import DenseSchedule

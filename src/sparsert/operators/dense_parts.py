@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import NamedTuple
 
-from ..kernels.dense import VECTORS
+from ..kernels.dense_micro import VECTORS
 from ..runtime.cpu import Frame, address_of
 from ..runtime.workers import Pool, job
 from ..schedule.cost import LEAST_SHARE

@@ -10,8 +10,8 @@ import numpy as np
 
 from ..errors import AliasError, ShapeError
 from ..kernels.activations import ACTIVATIONS
-from ..kernels.dense import VECTORS
 from ..kernels.dense_arguments import Form
+from ..kernels.dense_micro import VECTORS
 from ..kernels.plan import fold_width
 from ..runtime.cpu import address_of
 from ..schedule.dense import choose
