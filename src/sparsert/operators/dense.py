@@ -24,7 +24,19 @@ from ..schedule.task import Task
 from ..sparsity.pattern import SparseMatrix
 from ..target import Target
 from .arrays import Array
-from .dense_parts import RANGES, Blocks, Crew, Extents, Parts, Share, Shift, blocks_of_rows, described, note, share_out
+from .dense_parts import (
+    RANGES,
+    Blocks,
+    Crew,
+    Extents,
+    Parts,
+    Share,
+    Shareable,
+    Shift,
+    blocks_of_rows,
+    described,
+    share_out,
+)
 
 SHAPES = 32  # shapes and pitches whose frames are kept
 
@@ -187,7 +199,7 @@ def dense_program(task: Task, target: Target) -> Program:
     return generate(_form_of(task, *(("rows", "columns") if linear else ("columns", "rows"))), target).program
 
 
-class DenseProduct:
+class DenseProduct(Shareable):
     """The looped form with a constant W behind a compiled operator: the same contract as the sparse product.
 
     Three ways: linear layers read x, the first operand, where it lies, against panels of W. Row-major x is the second
@@ -199,6 +211,7 @@ class DenseProduct:
     narrowest = 1
 
     def __init__(self, task: Task, target: Target) -> None:
+        super().__init__()
         self.task, self.target = task, target
         self.linear = task.layout == "transposed"
         self.form = self._form("rows" if self.linear else "columns", "columns" if self.linear else "rows")
@@ -206,32 +219,17 @@ class DenseProduct:
         _, k = task.pattern.shape
         self.fold = fold_width(k, k)
         self.schedule = choose(k, self.fold, target, VECTORS * target.tile_bytes)
-        self.crew: Crew | None = None
-        self.seen: dict[int, str] = {}
         self.values: list[Packed] = []
-        self._bias: Array = aligned_empty(0)
-        self._bindings: dict[tuple[int, ...], DenseBinding] = {}
 
     def _form(self, a: str, bias: str) -> Form:
         return _form_of(self.task, a, bias)
-
-    def share(self, crew: Crew) -> None:
-        """Calls for shapes not seen yet may use several threads."""
-        self.crew = crew
-        self._bindings.clear()
-
-    def threads_note(self) -> str:
-        """How many threads calls so far used, in words."""
-        return note(self.crew, self.seen)
 
     def load(self, values: Array, bias: Array | None) -> None:
         """Pack new values; calls under way keep the ones they started with."""
         packed = Packed(self.task, values, self.code.rows, self.target.lanes)
         for panels in self.values[0].made if self.values else (self.linear,):
             packed.get(panels)
-        if bias is not None and not self._bias.size:
-            self._bias = aligned_empty(bias.size)
-            self._bias[:] = bias
+        self._keep(bias)
         self.values[:] = [packed]
 
     def bind(self, x: Array, y: Array, r: Array | None, columns: int) -> DenseBinding | None:

@@ -29,7 +29,7 @@ from ..target import Target
 from .arrays import Array
 from .dense import SHAPES, Turned, code_of, pack_panels, pack_rows, parts, spread_pitch
 from .dense_images import Image, Starts, columns_frame, positions_of, rows_frame
-from .dense_parts import Crew, Extents, Parts, Share, Shift, blocks_of_rows, note
+from .dense_parts import Extents, Parts, Share, Shareable, Shift, blocks_of_rows
 
 _KEPT_BYTES = 32 << 20
 Ints = NDArray[np.int64]
@@ -103,7 +103,7 @@ class Key(NamedTuple):
     same: bool  # the residual is y itself
 
 
-class DenseConv:
+class DenseConv(Shareable):
     """A dense convolution behind a compiled operator: the same contract as the sparse product.
 
     A product per group; images, or groups, are the matrices of a batch. Where output positions would leave much of
@@ -113,16 +113,13 @@ class DenseConv:
     narrowest = 0
 
     def __init__(self, task: Task, target: Target, window: Window, padding: Padding) -> None:
+        super().__init__()
         self.task, self.target, self.window, self.padding = task, target, window, padding
         self.form = self._form("columns", "image", "rows" if task.bias else None)
         self.code = code_of(self.form, target)
         self.order = order_of(task.pattern.cols, window, target)
         self.schedule = self.order.schedule
-        self.crew: Crew | None = None
-        self.seen: dict[int, str] = {}
         self.values: list[Weights] = []
-        self._bias: Array = aligned_empty(0)
-        self._bindings: dict[Key, ConvBinding] = {}
         self._kept = 0  # bytes of scratch in bindings, roughly
 
     def _form(self, a: str, b: str, bias: str | None) -> Form:
@@ -130,23 +127,12 @@ class DenseConv:
         step = 2 if self.window.stride[1] == 2 else 1
         return Form(a, b, bias, t.activation, t.parameters, t.residual, step=step)
 
-    def share(self, crew: Crew) -> None:
-        """Calls for shapes not seen yet may use several threads."""
-        self.crew = crew
-        self._bindings.clear()
-
-    def threads_note(self) -> str:
-        """How many threads calls so far used, in words."""
-        return note(self.crew, self.seen)
-
     def load(self, values: Array, bias: Array | None) -> None:
         """Pack new values; calls under way keep the ones they started with."""
         weights = Weights(self, values, bias)
         for panels in self.values[0].made if self.values else ():
             weights.get(panels)
-        if bias is not None and not self._bias.size:
-            self._bias = aligned_empty(bias.size)
-            self._bias[:] = bias
+        self._keep(bias)
         self.values[:] = [weights]
 
     def listing(self) -> str:

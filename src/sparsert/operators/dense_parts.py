@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ..kernels.dense_micro import VECTORS
 from ..runtime.cpu import Frame, address_of
+from ..runtime.memory import aligned_empty
 from ..runtime.workers import Pool, job
 from ..schedule.cost import LEAST_SHARE
 
@@ -16,6 +20,32 @@ MOST_PARTS = 256
 RANGES = ("matrices", "columns", "rows")
 """What parts may be ranges of."""
 _ROWS_COST = 1.02  # each range of rows packs the columns for itself
+
+
+class Shareable:
+    """What dense operators have in common: threads for their calls, and a bias that stays where bindings found it."""
+
+    crew: Crew | None
+
+    def __init__(self) -> None:
+        self.crew = None
+        self.seen: dict[int, str] = {}
+        self._bias = aligned_empty(0)
+        self._bindings: dict[Any, Any] = {}
+
+    def share(self, crew: Crew) -> None:
+        """Calls for shapes not seen yet may use several threads."""
+        self.crew = crew
+        self._bindings.clear()
+
+    def threads_note(self) -> str:
+        """How many threads calls so far used, in words."""
+        return note(self.crew, self.seen)
+
+    def _keep(self, bias: NDArray[np.float32] | None) -> None:
+        if bias is not None and not self._bias.size:
+            self._bias = aligned_empty(bias.size)
+            self._bias[:] = bias
 
 
 @dataclass(frozen=True)
