@@ -13,7 +13,7 @@ import numpy as np
 
 from .codegen.assemble import assemble, listing
 from .codegen.vector import Program, Table
-from .crew import crew, dense_crew, ranges
+from .crew import crew, ranges
 from .errors import CodeBudgetError, UnsupportedError, ValueRangeError
 from .kernels import activations, matmul
 from .operators import tuned
@@ -154,7 +154,7 @@ def compile_product(
     found, parameters = activations.parse(activation)
     spec = ProductSpec(bool(transpose_a), bool(transpose_b), factor, found.name if found else None, parameters)
     request = make_request(target, threads, None, None)
-    return CompiledProduct(spec, request.target, dense_crew(request.target, request.threads))
+    return CompiledProduct(spec, request.target, ranges(request.target, request.threads))
 
 
 def tune_layer(
@@ -214,13 +214,16 @@ def _compile(
         if schedule is not None or form is not None or not request.target.loops:
             raise
         looped = CompactProduct(task, request.target, by_lookup=False)
-        looped.crew = ranges(request)
+        looped.crew = ranges(request.target, request.threads)
         compiled = build_looped(task, matrix.values, b, request, started, looped, looped.threads_note)
         small = SmallProducts(task, request.target, lambda: (looped.unpack(), b), looped.crew)
         return made(replace(compiled, small=small))
     if isinstance(compiled.product, NativeProduct):
         compiled = replace(
-            compiled, small=SmallProducts(task, request.target, compiled.product.current, ranges(request))
+            compiled,
+            small=SmallProducts(
+                task, request.target, compiled.product.current, ranges(request.target, request.threads)
+            ),
         )
     return made(compiled)
 
@@ -266,7 +269,7 @@ def build_dense(
     """From a task to what an operator of the dense form holds."""
     product = native(task, request.target)
     product.load(values, bias)
-    if (threads := dense_crew(request.target, request.threads)) is not None:
+    if (threads := ranges(request.target, request.threads)) is not None:
         product.share(threads)
     code = product.code
     within(code.size, request.budget)

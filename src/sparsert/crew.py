@@ -10,9 +10,9 @@ from .codegen.assemble import assemble
 from .codegen.parking import PoolCode
 from .errors import ExecutableMemoryError
 from .kernels import matmul, worker
-from .operators import dense_parts
-from .operators.native import Crew, NativeProduct
-from .request import Request, schedule_for
+from .operators.native import NativeProduct
+from .operators.team import Crew
+from .request import schedule_for
 from .runtime import workers
 from .runtime.cpu import Executable
 from .schedule import cost
@@ -37,18 +37,11 @@ def crew(task: Task, target: Target, schedule: Schedule | None, threads: int, bu
     return Crew(lambda: shared_pool(target), threads, rows)
 
 
-def ranges(request: Request) -> Crew | None:
-    """What products that loop over the pattern need for several threads: their parts share pattern and code."""
-    if request.threads < 2 or not workers.supported():
-        return None
-    return Crew(lambda: shared_pool(request.target), request.threads, lambda parts: [])
-
-
-def dense_crew(target: Target, threads: int) -> dense_parts.Crew | None:
-    """What a dense operator on several threads needs; None where there are none."""
+def ranges(target: Target, threads: int) -> Crew | None:
+    """What products need whose parts share their code, for several threads; None where there are none."""
     if threads < 2 or not workers.supported() or target.isa == "reference":
         return None
-    return dense_parts.Crew(lambda: shared_pool(target), threads)
+    return Crew(lambda: shared_pool(target), threads)
 
 
 def shared_pool(target: Target) -> workers.Pool:

@@ -24,7 +24,8 @@ from fuzz.guard_convolutions import finished
 from oracle import ACTIVATIONS, F64, same_bits
 from sparsert import Schedule, convolution
 from sparsert.errors import CodeBudgetError, ShapeError, SparseRTError
-from sparsert.operators import depthwise, images, looped_conv
+from sparsert.operators import images, looped_conv
+from sparsert.schedule import cost
 from unit.test_convolution import close, convolve, drawn, pruned, transpose
 
 Array = NDArray[np.float32]
@@ -128,8 +129,7 @@ def expected(c: dict[str, Any], x: Any, w: Any) -> tuple[F64, F64] | None:
 def shared_out(threads: int) -> Iterator[dict[str, Any]]:
     """Options of an operator whose every call is shared out, however little there is to do."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (images, depthwise):
-            patch.setattr(module, "LEAST_SHARE", 1)
+        patch.setattr(cost, "LEAST_SHARE", 1)
         patch.setattr(images, "_LEAST_COLUMNS", 3)
         yield {"threads": threads}
 

@@ -18,6 +18,7 @@ from sparsert.operators import depthwise as depthwise_module
 from sparsert.operators import images
 from sparsert.operators.depthwise import DepthwiseProduct
 from sparsert.runtime.host import host_report
+from sparsert.schedule import cost
 from sparsert.sparsity.geometry import Geometry, padding
 from sparsert.sparsity.pattern import as_sparse
 from sparsert.sparsity.taps import Window, conv_taps
@@ -189,7 +190,7 @@ def test_bits_do_not_depend_on_the_schedule(target: str, rng: np.random.Generato
 def test_bits_do_not_depend_on_the_threads(
     target: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(images, "LEAST_SHARE", 1)
+    monkeypatch.setattr(cost, "LEAST_SHARE", 1)
     monkeypatch.setattr(images, "_LEAST_COLUMNS", 16)
     shared = 0
     for count, size, stride, residual in ((1, 23, 1, "after"), (2, 9, 1, None), (5, 31, 2, "before"), (12, 7, 1, None)):

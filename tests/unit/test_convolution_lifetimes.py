@@ -16,7 +16,8 @@ import pytest
 
 import sparsert
 from oracle import COMPILED, same_bits
-from sparsert.operators import depthwise, images
+from sparsert.operators import images
+from sparsert.schedule import cost
 from unit.test_convolution import pruned
 from unit.test_runtime import used
 
@@ -47,9 +48,8 @@ def test_eight_callers_of_one_operator(
     target: str, kind: str, threads: int, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of images of several sizes, some for the first time, bound and unbound, while somebody refits."""
-    monkeypatch.setattr(images, "LEAST_SHARE", 1)
+    monkeypatch.setattr(cost, "LEAST_SHARE", 1)
     monkeypatch.setattr(images, "_LEAST_COLUMNS", 16)
-    monkeypatch.setattr(depthwise, "LEAST_SHARE", 1)
     op, w = operator(kind, rng, target, threads=threads)
     xs = [rng.standard_normal((2, 12, n, n + 3)).astype(np.float32) for n in (5, 9, 14, 17)]
     results: dict[int, list[Any]] = {}
@@ -91,8 +91,9 @@ def in_child(body: str) -> str:
         import os, signal, sys, threading, time
         import numpy as np
         import sparsert
-        from sparsert.operators import depthwise, images
-        depthwise.LEAST_SHARE = images.LEAST_SHARE = 1
+        from sparsert.operators import images
+        from sparsert.schedule import cost
+        cost.LEAST_SHARE = 1
         images._LEAST_COLUMNS = 16
         rng = np.random.default_rng(5)
         def pruned(*shape): return np.where(rng.random(shape) < 0.3, rng.standard_normal(shape), 0).astype(np.float32)

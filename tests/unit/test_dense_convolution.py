@@ -16,12 +16,14 @@ from sparsert.errors import CodeBudgetError, PatternMismatchError, ScheduleError
 from sparsert.kernels.dense import generate
 from sparsert.kernels.dense_arguments import Form, Slot
 from sparsert.kernels.dense_micro import VECTORS
-from sparsert.operators import dense_conv, dense_parts
+from sparsert.operators import dense_conv
 from sparsert.operators.dense import Code, code_of, pack_panels, pack_rows, spread_pitch
 from sparsert.operators.dense_conv import DenseConv
 from sparsert.operators.dense_images import Image, columns_frame, positions_of, rows_frame
 from sparsert.operators.dense_parts import Extents, Share, Shift, blocks_of_rows, share_out
+from sparsert.operators.team import Crew
 from sparsert.runtime.cpu import address_of
+from sparsert.schedule import cost
 from sparsert.schedule.dense import DenseSchedule
 from sparsert.sparsity.geometry import Geometry, padding
 from sparsert.sparsity.taps import Window
@@ -214,7 +216,7 @@ def test_new_values_of_a_transposed_convolution_and_of_one_axis(target: str, rng
 @compiled
 def test_the_bits_of_one_thread(target: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     """Products of every kind, cut into matrices, columns and rows."""
-    monkeypatch.setattr(dense_parts, "LEAST_SHARE", 50)
+    monkeypatch.setattr(cost, "LEAST_SHARE", 50)
     ways: set[str] = set()
     for _ in range(12):
         c = drawn(rng)
@@ -250,7 +252,7 @@ def test_the_bits_of_one_thread(target: str, rng: np.random.Generator, monkeypat
 
 
 def test_every_element_belongs_to_one_part() -> None:
-    class Three(dense_parts.Crew):
+    class Three(Crew):
         def wanted(self, work: int) -> int:
             return 3
 

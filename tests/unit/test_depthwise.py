@@ -13,8 +13,8 @@ from sparsert.codegen import interpreter
 from sparsert.errors import ShapeError
 from sparsert.kernels import depthwise
 from sparsert.kernels.arguments import SLOTS, Arg
-from sparsert.operators import depthwise as operators
 from sparsert.runtime.host import host_report
+from sparsert.schedule import cost
 from sparsert.schedule.task import Task
 from sparsert.sparsity.geometry import Geometry, padding
 from sparsert.sparsity.pattern import as_sparse
@@ -89,7 +89,7 @@ def test_the_program_reads_and_writes_nothing_else(part: int, rng: np.random.Gen
 @native
 def test_the_bits_do_not_depend_on_the_threads(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranges of channels or of images, whose arrays may have gaps between channels and images."""
-    monkeypatch.setattr(operators, "LEAST_SHARE", 1)
+    monkeypatch.setattr(cost, "LEAST_SHARE", 1)
     said = set()
     for images, channels, size, stride, residual in (
         (1, 5, 7, 1, None), (1, 12, 20, 2, "after"), (3, 8, 14, 1, "before"), (4, 3, 9, 1, None),

@@ -29,8 +29,8 @@ from .arrays import Array
 from .bf16 import exact, narrowed, widened
 from .compact_call import STORAGE, CompactFrame, CompactTeam
 from .locks import ChildLock
-from .native import Binding, Crew, Framed, Loaded
-from .team import Call
+from .native import Binding, Framed, Loaded
+from .team import Call, Crew
 
 _NOTHING = Pattern(0, 0, np.zeros(1, np.int64), np.zeros(0, np.int32))
 
@@ -144,9 +144,7 @@ class CompactProduct(Framed):
         s, parts = self.stream, 1
         if self.crew is not None and s.bundles:
             work = self.task.pattern.nnz * -(-columns // self.width)
-            parts = max(1, min(self.crew.threads, work // cost.LEAST_SHARE, s.bundles))
-            if parts > 1 and not self.crew.pool().ensure(parts - 1):
-                parts = min(parts, self.crew.pool().workers + 1)
+            parts = self.crew.wanted(work, s.bundles)
         return np.unique(balanced(self._trips, parts)).tolist() if parts > 1 else [0, s.bundles]
 
     @property

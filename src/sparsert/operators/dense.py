@@ -24,19 +24,8 @@ from ..schedule.task import Task
 from ..sparsity.pattern import SparseMatrix
 from ..target import Target
 from .arrays import Array
-from .dense_parts import (
-    RANGES,
-    Blocks,
-    Crew,
-    Extents,
-    Parts,
-    Share,
-    Shareable,
-    Shift,
-    blocks_of_rows,
-    described,
-    share_out,
-)
+from .dense_parts import RANGES, Blocks, Extents, Parts, Share, Shareable, Shift, blocks_of_rows, described, share_out
+from .team import Crew
 
 SHAPES = 32  # shapes and pitches whose frames are kept
 

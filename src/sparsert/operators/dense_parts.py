@@ -13,10 +13,9 @@ from numpy.typing import NDArray
 from ..kernels.dense_micro import VECTORS
 from ..runtime.cpu import Frame, address_of
 from ..runtime.memory import aligned_empty
-from ..runtime.workers import Pool, job
-from ..schedule.cost import LEAST_SHARE
+from ..runtime.workers import job
+from .team import Crew
 
-MOST_PARTS = 256
 RANGES = ("matrices", "columns", "rows")
 """What parts may be ranges of."""
 _ROWS_COST = 1.02  # each range of rows packs the columns for itself
@@ -116,21 +115,6 @@ class Share(NamedTuple):
     blocks: Blocks
     shift: Shift
     first: int = 0
-
-
-class Crew(NamedTuple):
-    """The threads that an operator may use: where they come from, and how many."""
-
-    pool: Callable[[], Pool]
-    threads: int
-
-    def wanted(self, work: int) -> int:
-        """Parts for so many vector multiply-adds, after starting the threads that it takes."""
-        parts = min(self.threads, work // LEAST_SHARE, MOST_PARTS)
-        if parts < 2:
-            return 1
-        pool = self.pool()
-        return parts if pool.ensure(parts - 1) else min(parts, pool.workers + 1)
 
 
 def share_out(

@@ -12,7 +12,7 @@ from ..kernels import depthwise
 from ..kernels.arguments import SLOTS, Arg
 from ..runtime.cpu import Executable, Frame, address_of
 from ..runtime.memory import aligned_empty
-from ..schedule.cost import LEAST_SHARE, Split
+from ..schedule.cost import Split
 from ..schedule.task import Task
 from ..sparsity.geometry import Geometry
 from ..target import Target
@@ -79,12 +79,9 @@ class ChannelsProduct(NativeProduct):
         channels, plan = self.task.pattern.rows, self.plan
         vectors = images * channels * plan.records * plan.rows
         work = int(vectors * plan.order.size * _CYCLES[plan.halves])
-        parts = 1 if self.crew is None else min(self.crew.threads, work // LEAST_SHARE)
-        if self.crew is None or parts < 2:
+        parts = 1 if self.crew is None else self.crew.wanted(work)
+        if parts < 2:
             return Split("", 1)
-        pool = self.crew.pool()
-        if not pool.ensure(parts - 1):
-            parts = min(parts, pool.workers + 1)
         by_image = images % parts == 0 or (channels % parts and images > channels)
         by, most = (_IMAGES, images) if by_image else (_CHANNELS, channels)
         return Split(by, min(parts, most)) if min(parts, most) > 1 else Split("", 1)

@@ -10,7 +10,7 @@ from ..kernels import matmul
 from ..kernels.matmul import Kernel
 from ..runtime.cpu import Executable, Frame
 from ..schedule import cost
-from ..schedule.cost import LEAST_SHARE, Split
+from ..schedule.cost import Split
 from ..schedule.schedule import Schedule
 from ..schedule.task import Task
 from ..sparsity.geometry import Band, Geometry, Padding, bands
@@ -149,12 +149,9 @@ class ConvProduct(NativeProduct):
         """Which parts of a call different threads do: whole images, or rows of every image."""
         rows, columns = geometry.out
         work = self.task.pattern.nnz * images * -(-rows * columns // self.target.lanes)
-        parts = 1 if self.crew is None else min(self.crew.threads, work // LEAST_SHARE)
-        if self.crew is None or parts < 2:
+        parts = 1 if self.crew is None else self.crew.wanted(work)
+        if parts < 2:
             return Split("", 1)
-        pool = self.crew.pool()
-        if not pool.ensure(parts - 1):
-            parts = min(parts, pool.workers + 1)
         if images % parts == 0 or images >= 4 * parts:
             return Split(_IMAGES, parts)
         parts = min(parts, rows * columns // _LEAST_COLUMNS, rows)

@@ -17,13 +17,12 @@ from ..kernels.arguments import SLOTS, Arg
 from ..kernels.matmul import Kernel
 from ..runtime.cpu import Executable, Frame, address_of
 from ..runtime.memory import aligned_empty
-from ..runtime.workers import Pool
 from ..schedule import cost
 from ..schedule.schedule import Schedule
 from ..schedule.task import Task
 from ..target import Target
 from .locks import ChildLock
-from .team import Call, Part, Solo, Team, pieces, tile_cuts
+from .team import Call, Crew, Part, Solo, Team, pieces, tile_cuts
 
 Array = NDArray[np.float32]
 _Kind = TypeVar("_Kind", bound=Frame)
@@ -31,20 +30,6 @@ MOST_SHAPES = 32  # shapes and pitches whose frames are kept,
 _KEPT_BYTES = 32 << 20  # and scratch
 _LEAST_TILES = 3  # so many tiles take as long as fetching the code that they pass over
 _ALIGN_TILES = 12  # so many tiles a row must have for aligning to pay, which costs one more
-
-
-class Crew(NamedTuple):
-    """What an operator that may use several threads knows about them.
-
-    Attributes:
-        pool: asked for when a shape first has work for more than one.
-        threads: how many are permitted.
-        rows: products of so many ranges of rows, with the first row of each; none where there cannot be any.
-    """
-
-    pool: Callable[[], Pool]
-    threads: int
-    rows: Callable[[int], list[tuple[int, NativeProduct]]]
 
 
 class Loaded(NamedTuple):

@@ -18,8 +18,9 @@ from ..schedule.dense import choose
 from ..target import Target
 from .arrays import Array, as_input, as_output, empty, overlaps, packed_columns
 from .dense import SHAPES, Code, code_of, parts
-from .dense_parts import Crew, Extents, Parts, note
+from .dense_parts import Extents, Parts, note
 from .matmul import Bound, Uncopied
+from .team import Crew
 
 
 @dataclass(frozen=True)

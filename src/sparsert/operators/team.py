@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..runtime.cpu import Frame, address_of
 from ..runtime.workers import Pool, job, queue
+from ..schedule import cost
+
+if TYPE_CHECKING:
+    from .native import NativeProduct
 
 Addresses = Mapping[int, tuple[int, ...]]
 """Of packed values: of the whole product under 0, of its parts under their number."""
-
-
-"""Bytes by which x, y, the residual and the weights of a part lie behind those of the whole."""
+MOST_PARTS = 256
 
 
 class Call(Protocol):
@@ -33,6 +35,28 @@ class Call(Protocol):
     def call(self) -> Callable[[int], None]: ...
 
     def aim(self, xa: int, ya: int, ra: int, weights: Addresses) -> None: ...
+
+
+class Crew(NamedTuple):
+    """What an operator that may use several threads knows about them.
+
+    Attributes:
+        pool: asked for when a shape first has work for more than one.
+        threads: how many are permitted.
+        rows: products of so many ranges of rows, with the first row of each; none where there cannot be any.
+    """
+
+    pool: Callable[[], Pool]
+    threads: int
+    rows: Callable[[int], list[tuple[int, NativeProduct]]] = lambda parts: []
+
+    def wanted(self, work: int, most: int = MOST_PARTS) -> int:
+        """Parts for so many vector multiply-adds, ``most`` at most, after starting the threads that it takes."""
+        parts = min(self.threads, work // cost.LEAST_SHARE, most)
+        if parts < 2:
+            return 1
+        pool = self.pool()
+        return parts if pool.ensure(parts - 1) else min(parts, pool.workers + 1)
 
 
 class Solo(Frame):
